@@ -1,0 +1,492 @@
+"""The root: `DFA` collects the feedback points of a forward pass and broadcasts the error to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from . import feedback as feedback_rules
+from . import graph, ops
+from .activations import IDENTITY
+from .broadcast import Broadcast, Group, Target
+from .feedback import DenseCache, Feedback, Source
+from .ops.reference import accumulation_dtype
+from .tape import LayerRecord, Point, Tape, state
+
+# The deltas of one group of layers exist at a time. Backprop holds two gradients of a layer's
+# size at its peak, so two layers' worth takes no more memory than it does; a group below 4 MiB
+# is not split, as the deltas then stay in the cache for the weight gradients that follow.
+WORKSPACE_LAYERS = 2
+WORKSPACE_BYTES = 4 * 2**20
+
+# Prefixes that wrappers add to names; B must not depend on them.
+_WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+class Layout(NamedTuple):
+    """The sizes of a forward pass: classes C, and (name, n_l, dtype, device) of every point."""
+
+    classes: int
+    points: tuple[tuple[str, int, torch.dtype, torch.device], ...]
+
+    @property
+    def widest(self) -> int:
+        return max(features for _, features, _, _ in self.points)
+
+
+class DFA(nn.Module):
+    """Trains the network it wraps by direct feedback alignment.
+
+    Inside, every `fastdfa.Linear` and `FeedbackPoint` cuts the network at its input; in backward
+    each such point receives `s e B_l` in place of its true gradient, e being the error at the
+    output, [*rows, C] (arXiv 1609.01596, 1906.04554). The forward numbers are untouched.
+
+    Args:
+        module: the network; its output must be a tensor, unless `output` is given.
+        feedback: the rule, or the name of a preset of `fastdfa.PRESETS`.
+        output: the name of the submodule at whose output the error is taken. Nothing is cut
+            after it: what follows trains by backprop.
+        allow_bypass: accept paths that carry feedback past a cut, such as `h + layer(h)`.
+
+    Buffers: `seed`, int64: the one source of randomness of B. It is in the checkpoint, B is not.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not so, or a `DFA` inside `module`.
+    """
+
+    seed: Tensor
+
+    def __init__(
+        self,
+        module: nn.Module,
+        feedback: Feedback | str | None = None,
+        output: str | None = None,
+        allow_bypass: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_module(module, output)
+        self.module = module
+        self.feedback = feedback_rules.make(feedback)
+        self.output = output
+        self.allow_bypass = allow_bypass
+        seed = self.feedback.seed
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, ()))
+        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
+        self._key = seed
+        self._reset()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own output; its backward is that of DFA.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: where the output or a point does not fit the
+                contract, where a path leads round a cut, or inside another `DFA`.
+        """
+        if state.tape is not None:
+            raise RuntimeError("a DFA was called inside another DFA: wrap the outermost only")
+        if not torch.is_grad_enabled() or any(self is root for root in state.true_gradients):
+            return self.module(*args, **kwargs)
+        tape = Tape(self, [x for x in tree_leaves((args, kwargs)) if _requires_grad(x)])
+        state.tape = tape
+        try:
+            self._install_tap()
+            y = self.module(*args, **kwargs)
+        finally:
+            state.tape = None
+        if self.output is None:
+            return self._broadcast(tape, y)
+        if tape.tapped is None:
+            raise RuntimeError(
+                f"output={self.output!r}: that submodule was not called in this forward pass, "
+                "so there is no error to feed back"
+            )
+        return y
+
+    @property
+    def feedback_points(self) -> list[str]:
+        """Names of the points of the latest forward pass, from the input to the output.
+
+        A point's name is that of the layer whose input it is; "#2" and so on are appended where
+        the layer was called again.
+        """
+        return [] if self._layout is None else [name for name, *_ in self._layout.points]
+
+    def feedback_matrix(self, name: str) -> Tensor:
+        """The scaled B_l [C, n_l] of a point of `feedback_points`.
+
+        Raises:
+            KeyError: if the latest forward pass had no such point.
+        """
+        for point, features, dtype, device in self._layout.points if self._layout else ():
+            if point != name:
+                continue
+            matrix = ops.feedback(
+                self._layout.classes,
+                features,
+                seed=self._read_seed(self._key),
+                stream=self.feedback.stream(name),
+                distribution=self.feedback.distribution,
+                dtype=accumulation_dtype(dtype),
+                device=device,
+            )
+            widest = self._layout.widest
+            return matrix * self.feedback.deviation(self._layout.classes, features, widest)
+        raise KeyError(f"no feedback point {name!r}; there are {self.feedback_points}")
+
+    def extra_repr(self) -> str:
+        return repr(self.feedback)
+
+    # The output and its backward.
+
+    def _broadcast(self, tape: Tape, y: Any) -> Any:
+        """Returns y with the backward of DFA behind it."""
+        _check_output(y, self.output)
+        points = _in_order(tape.points)
+        eager = not torch.compiler.is_compiling()
+        names = self._name(points)
+        features = [_features(point, name, y) for point, name in zip(points, names, strict=True)]
+        sizes = tuple(
+            (name, n, point.tensor.dtype, point.tensor.device)
+            for point, name, n in zip(points, names, features, strict=True)
+        )
+        if eager and Layout(y.shape[-1], sizes) != self._layout:
+            graph.check(self, tape, points, names, y)
+        if not points:
+            return y
+        scales, streams = self._settle(y.shape[-1], sizes)
+        targets = [
+            _target(point, y, n, scale, stream)
+            for point, n, scale, stream in zip(points, features, scales, streams, strict=True)
+        ]
+        if eager:
+            _check_unmodified(points, names)
+        seed = self._read_seed(self._key)
+        # Applied from the input up, so that the top group is the first in backward.
+        for batch in reversed(_batches(points, targets)):
+            group, tensors = self._group(batch, seed, y.shape[-1], max(features))
+            y = Broadcast.apply(group, y, *tensors)
+        return y
+
+    def _group(
+        self, batch: Batch, seed: int, classes: int, widest: int
+    ) -> tuple[Group, list[Tensor | None]]:
+        """The node's description, and its tensors in the order that `Broadcast` expects."""
+        rule = self.feedback
+        projections: list[Target] = []
+        for target, _ in batch.tokens:
+            if target not in projections:
+                projections.append(target)
+        targets = [target for target, _ in batch.fused] + projections
+        dense: list[Tensor | None] = []
+        dtype = accumulation_dtype(batch.dtype)
+        for target in targets[:1] if rule.shared else targets:
+            columns = widest if rule.shared else target.features
+            if feedback_rules.fits_dense(rule, classes, columns, dtype):
+                dense += self._dense(seed, target.stream, classes, columns, dtype, batch.device)
+        if len(dense) not in (1 if rule.shared else len(targets),):
+            dense = []  # one that is too large: all are generated
+        group = Group(
+            fused=tuple(target for target, _ in batch.fused),
+            projections=tuple(projections),
+            token_projection=tuple(projections.index(target) for target, _ in batch.tokens),
+            dtype=batch.dtype,
+            device=batch.device,
+            seed=seed,
+            distribution=rule.distribution,
+            shared=rule.shared,
+            sum_error=rule.error == "sum",
+            dense=len(dense),
+        )
+        layers: list[Tensor | None] = []
+        for _, record in batch.fused:
+            layers += [record.saved, record.input, record.weight, record.bias]
+        tensors = dense + layers + [token for _, token in batch.tokens]
+        return group, _without_repeats(tensors) if torch.compiler.is_compiling() else tensors
+
+    # What is settled once, outside the traced graph: a compiled step sees constants, guarded by
+    # the arguments.
+
+    @torch.compiler.assume_constant_result
+    def _settle(
+        self, classes: int, sizes: tuple[tuple[str, int, torch.dtype, torch.device], ...]
+    ) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Scale and stream of every point; remembers the sizes, which may not change."""
+        layout = Layout(classes, sizes)
+        if layout != self._layout:
+            _check_same_features(self._layout, layout)
+            self._layout = layout
+            self._scales = tuple(
+                self.feedback.deviation(classes, features, layout.widest)
+                for _, features, _, _ in sizes
+            )
+            self._streams = tuple(self.feedback.stream(name) for name, *_ in sizes)
+        return self._scales, self._streams
+
+    @torch.compiler.assume_constant_result
+    def _dense(
+        self,
+        seed: int,
+        stream: int,
+        classes: int,
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> tuple[Tensor]:
+        # In a tuple, as Dynamo takes a bare tensor from one place of the code only once.
+        source = Source(seed, stream, self.feedback.distribution, dtype, device)
+        return (self._cache.get(source, classes, columns),)
+
+    @torch.compiler.assume_constant_result
+    def _read_seed(self, key: int) -> int:
+        """The seed, read from the buffer only when that was written: loaded, broadcast, moved.
+
+        `key` is what was read last: as an argument it guards a compiled step.
+        """
+        version = (self.seed, self.seed._version)
+        if self._seed_version is None or version[0] is not self._seed_version[0]:
+            stale = True
+        else:
+            stale = version[1] != self._seed_version[1]
+        if stale and not self.seed.is_meta:
+            self._key = int(self.seed)
+            self._seed_version = version
+        return self._key
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._read_seed(self._key)
+
+    # Names.
+
+    def _name(self, points: list[Point]) -> list[str]:
+        """The layers' names, with "#2" and so on for the second call of one."""
+        names: list[str] = []
+        for point in points:
+            if point.layer not in self._names:
+                self._find_names()
+            name = self._names.get(point.layer, type(point.layer).__name__)
+            calls = 1
+            while (name if calls == 1 else f"{name}#{calls}") in names:
+                calls += 1
+            names.append(name if calls == 1 else f"{name}#{calls}")
+        return names
+
+    def _find_names(self) -> None:
+        names = {}
+        for name, module in self.module.named_modules():
+            for prefix in _WRAPPER_PREFIXES:
+                name = name.replace(prefix, "")
+            names[module] = name
+        self._names = names
+
+    # The tap: a hook without a reference to this root, found by it when it runs.
+
+    def _install_tap(self) -> None:
+        if self.output is None:
+            return
+        tapped = self.module.get_submodule(self.output)
+        state.tape.tap = tapped
+        if _tap not in tapped._forward_hooks.values():
+            tapped.register_forward_hook(_tap)
+
+    # Copies and pickles carry the seed and the rule; what can be made again is left out.
+
+    def _reset(self) -> None:
+        self._layout: Layout | None = None
+        self._scales: tuple[float, ...] = ()
+        self._streams: tuple[int, ...] = ()
+        self._cache = DenseCache()
+        self._seed_version: tuple[Tensor, int] | None = None
+        self._find_names()
+
+    def __getstate__(self) -> dict[str, Any]:
+        made_again = ("_layout", "_scales", "_streams", "_cache", "_seed_version", "_names")
+        return {k: v for k, v in self.__dict__.items() if k not in made_again}
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        super().__setstate__(attributes)
+        self._reset()
+
+
+@contextmanager
+def backprop(model: nn.Module) -> Iterator[None]:
+    """Inside, forward passes of every `DFA` in `model` give true gradients (in this thread).
+
+    Raises:
+        ValueError: if there is no `DFA` in `model`.
+    """
+    roots = tuple(module for module in model.modules() if isinstance(module, DFA))
+    if not roots:
+        raise ValueError(f"model must hold a fastdfa.DFA, got {type(model).__name__} without one")
+    before = state.true_gradients
+    state.true_gradients = before + roots
+    try:
+        yield
+    finally:
+        state.true_gradients = before
+
+
+class Batch(NamedTuple):
+    """Points that one `Broadcast` feeds, newest first."""
+
+    dtype: torch.dtype
+    device: torch.device
+    fused: list[tuple[Target, LayerRecord]]
+    tokens: list[tuple[Target, Tensor]]
+
+
+def _batches(
+    points: list[Point], targets: list[tuple[Target, LayerRecord | Tensor]]
+) -> list[Batch]:
+    """Points by batches, from the output down: fused layers as many as the workspace holds.
+
+    Tokens go with the first batch of their kind: autograd runs all the nodes at the output
+    before what is below, so splitting them would free nothing.
+    """
+    sizes = [x.tensor.numel() * x.tensor.dtype.itemsize for x in points]
+    workspace = max(WORKSPACE_BYTES, WORKSPACE_LAYERS * max(sizes))
+    batches: list[Batch] = []
+    first: dict[tuple[torch.dtype, torch.device], Batch] = {}
+    room = 0
+    for point, (target, goal), size in reversed(list(zip(points, targets, sizes, strict=True))):
+        kind = (point.tensor.dtype, point.tensor.device)
+        fused = isinstance(goal, LayerRecord)
+        if kind not in first or (fused and (size > room or kind != batches[-1][:2])):
+            batches.append(Batch(*kind, [], []))
+            first.setdefault(kind, batches[-1])
+            room = workspace
+        if fused:
+            batches[-1].fused.append((target, goal))
+            room -= size
+        else:
+            first[kind].tokens.append((target, goal))
+    return batches
+
+
+def _without_repeats(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """A layer that is called twice brings its weight twice, which Dynamo refuses: alias it."""
+    distinct: list[Tensor | None] = []
+    for x in tensors:
+        repeated = x is not None and any(x is other for other in distinct)
+        distinct.append(x.view_as(x) if repeated else x)
+    return distinct
+
+
+def _target(
+    point: Point, y: Tensor, features: int, scale: float, stream: int
+) -> tuple[Target, LayerRecord | Tensor]:
+    """The product for a point, and what takes it: the layer itself where its gate can be fused."""
+    goal = point.target
+    if isinstance(goal, LayerRecord):
+        if point.tensor.shape[:-1] == y.shape[:-1] and not _watched(goal.output):
+            return Target(*goal.gate, scale, stream, features), goal
+        goal = goal.output
+    return Target(IDENTITY, 0.0, scale, stream, features), goal
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether someone waits for the gradient of x itself, which the fused path never makes."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(x._backward_hooks) or x.retains_grad
+
+
+def _features(point: Point, name: str, y: Tensor) -> int:
+    """n_l of a point: its rows must be those of the error, the rest is features."""
+    shape, rows = point.tensor.shape, y.shape[:-1]
+    if point.rows is not None:
+        if prod(shape[: point.rows]) == prod(rows):
+            return prod(shape[point.rows :])
+    elif shape[:-1] == rows:
+        return shape[-1]
+    elif y.dim() == 2 and len(shape) > 0 and shape[0] == y.shape[0]:
+        return prod(shape[1:])
+    raise ValueError(
+        f"feedback point {name!r}: expected a tensor whose rows are those of the error, "
+        f"[{', '.join(map(str, rows))}], got shape {tuple(shape)} for an output of shape "
+        f"{tuple(y.shape)}; fastdfa.FeedbackPoint(rows=k) says which dimensions are rows"
+    )
+
+
+def _in_order(newest: Point | None) -> list[Point]:
+    points = []
+    while newest is not None:
+        points.append(newest)
+        newest = newest.previous
+    return points[::-1]
+
+
+def _tap(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook of the submodule named by `output`: there the tape of this thread ends."""
+    tape = state.tape
+    if tape is None or tape.tap is not module or tape.tapped is not None:
+        return None
+    tape.tapped = tape.root._broadcast(tape, output)
+    return tape.tapped
+
+
+def _requires_grad(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _check_module(module: nn.Module, output: str | None) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    for name, inner in module.named_modules():
+        if isinstance(inner, DFA):
+            raise ValueError(f"module must hold no DFA, got one at {name or 'its top'!r}")
+    if output is None:
+        return
+    if not isinstance(output, str):
+        raise TypeError(f"output must be the name of a submodule, got {type(output).__name__}")
+    names = [name for name, _ in module.named_modules() if name]
+    if output not in names:
+        raise ValueError(f"output must be one of {', '.join(names)}, got {output!r}")
+
+
+def _check_output(y: Any, tap: str | None) -> None:
+    where = "the output of the module" if tap is None else f"the output of {tap!r}"
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"{where} must be a tensor, got {type(y).__name__}; "
+            "DFA(module, output=name) takes the error at a submodule's output"
+        )
+    if y.dim() == 0:
+        raise ValueError(
+            f"{where} must have shape [*rows, C], got a scalar; if it is the loss, "
+            "DFA(module, output=name) takes the error at a submodule's output"
+        )
+
+
+def _check_unmodified(points: list[Point], names: list[str]) -> None:
+    for point, name in zip(points, names, strict=True):
+        record = point.target
+        if isinstance(record, LayerRecord) and record.saved._version != record.version:
+            raise RuntimeError(
+                f"the tensor that {name!r} reads was modified in place after an activation was "
+                "computed into it, which the derivative needs; use the out-of-place operation"
+            )
+
+
+def _check_same_features(before: Layout | None, now: Layout) -> None:
+    if before is None:
+        return
+    widths = {name: features for name, features, _, _ in before.points}
+    for name, features, _, _ in now.points:
+        if widths.get(name, features) != features:
+            raise ValueError(
+                f"feedback point {name!r}: expected {widths[name]} features as in earlier "
+                f"forward passes, got {features}; B has a fixed size"
+            )
+    if before.classes != now.classes:
+        raise ValueError(
+            f"the error has {now.classes} features, expected {before.classes} as in earlier "
+            "forward passes; B has a fixed size"
+        )

@@ -1,0 +1,190 @@
+"""The rule that turns an error into feedback: how B is drawn, scaled and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+# Above this size a dense B is not kept but generated inside the kernels, piece by piece.
+DENSE_LIMIT_BYTES = 256 * 2**20
+
+# The standard deviation of the entries of B_l, from classes C, features n_l, and the widest n.
+SCALES: dict[str, Callable[[int, int, int], float]] = {
+    # arXiv 1906.04554: randn(C, n_max) / sqrt(n_max C), and the slice times sqrt(n_max / n_l).
+    "launay2019": lambda c, n, n_max: (c * n) ** -0.5,
+    # arXiv 2006.12878, TinyDFA: U[-1, 1) / sqrt(n_max) for every layer.
+    "tinydfa": lambda c, n, n_max: (3 * n_max) ** -0.5,
+    # arXiv 1609.01596: U(-1/sqrt(n_l), 1/sqrt(n_l)).
+    "nokland2016": lambda c, n, n_max: (3 * n) ** -0.5,
+    # The code of DRTP (arXiv 1909.01311): Kaiming-uniform, bound sqrt(6 / n_l).
+    "drtp": lambda c, n, n_max: (2 / n) ** 0.5,
+    # BioTorch: Xavier-uniform, bound sqrt(6 / (C + n_l)).
+    "biotorch": lambda c, n, n_max: (2 / (c + n)) ** 0.5,
+    # The ablation of arXiv 1906.04554: no scaling.
+    "unit": lambda c, n, n_max: 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How the error is fed back: a point of n_l features receives s e B_l, B_l [C, n_l].
+
+    Args:
+        distribution: of the entries of B: "normal", "uniform" or "rademacher", of mean 0.
+        scale: their standard deviation, a number or the name of a published choice: "launay2019"
+            1/sqrt(C n_l), "tinydfa" 1/sqrt(3 n_max), "nokland2016" 1/sqrt(3 n_l), "drtp"
+            sqrt(2/n_l), "biotorch" sqrt(2/(C + n_l)), "unit" 1 (sources beside `SCALES`).
+        shared: one B for all points, of which each takes its first n_l columns
+            (arXiv 1906.04554); else every point draws its own.
+        error: "mean" feeds back e as autograd hands it to the output, "sum" multiplies it by the
+            number of rows of the backward call, undoing a loss that is a mean over rows; for the
+            feedback alone, and per process.
+        signal: what is projected: "error".
+        seed: 0 to 2**63 - 1; None draws one from torch's generator when the `DFA` is made.
+        dense: True keeps B in memory, False generates it inside the kernels at each step; None
+            keeps it up to 256 MiB. The numbers are the same, to rounding.
+
+    Raises:
+        ValueError, TypeError: for a value that is not among these.
+    """
+
+    distribution: str = "normal"
+    scale: str | float = "launay2019"
+    shared: bool = True
+    error: str = "mean"
+    signal: str = "error"
+    seed: int | None = None
+    dense: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("distribution", self.distribution, ops.DISTRIBUTIONS)
+        _check_choice("error", self.error, ("mean", "sum"))
+        _check_choice("signal", self.signal, ("error",))
+        _check_type("shared", self.shared, (bool,))
+        _check_type("dense", self.dense, (bool, type(None)))
+        _check_scale(self.scale)
+        _check_seed(self.seed)
+
+    def deviation(self, classes: int, features: int, widest: int) -> float:
+        """The standard deviation of the entries of B_l [classes, features]."""
+        if isinstance(self.scale, str):
+            return SCALES[self.scale](max(classes, 1), max(features, 1), max(widest, 1))
+        return float(self.scale)
+
+    def stream(self, name: str) -> int:
+        """The generator's stream for a point: 0 where B is shared, else a hash of the name."""
+        if self.shared:
+            return 0
+        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
+
+
+def make(feedback: Feedback | str | None) -> Feedback:
+    """Returns the rule for a preset's name; a `Feedback` as it is; the default for None.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything else.
+    """
+    if feedback is None:
+        return Feedback()
+    if isinstance(feedback, Feedback):
+        return feedback
+    if not isinstance(feedback, str):
+        raise TypeError(
+            f"feedback must be a Feedback or the name of a preset, got {type(feedback).__name__}"
+        )
+    if feedback not in PRESETS:
+        raise ValueError(f"feedback must be one of {', '.join(PRESETS)}, got {feedback!r}")
+    return PRESETS[feedback]
+
+
+class Source(NamedTuple):
+    """What determines an unscaled B, whatever its size."""
+
+    seed: int
+    stream: int
+    distribution: str
+    dtype: torch.dtype
+    device: torch.device
+
+
+class DenseCache:
+    """The dense matrices of one root, made when first asked for: B is a function, this its cache."""
+
+    def __init__(self) -> None:
+        self._matrices: dict[Source, Tensor] = {}
+
+    def get(self, source: Source, rows: int, columns: int) -> Tensor:
+        """The unscaled B [rows, >= columns]. A wider one serves the narrower: a prefix is a B."""
+        matrix = self._matrices.get(source)
+        if matrix is None or matrix.shape[0] != rows or matrix.shape[1] < columns:
+            self._drop_other_seeds(source.seed)
+            matrix = ops.feedback(
+                rows,
+                columns,
+                seed=source.seed,
+                stream=source.stream,
+                distribution=source.distribution,
+                dtype=source.dtype,
+                device=source.device,
+            )
+            self._matrices[source] = matrix
+        return matrix
+
+    def _drop_other_seeds(self, seed: int) -> None:
+        self._matrices = {s: m for s, m in self._matrices.items() if s.seed == seed}
+
+
+def fits_dense(rule: Feedback, rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether B [rows, columns] is kept in memory rather than generated at each use."""
+    if rule.dense is not None:
+        return rule.dense
+    return rows * columns * dtype.itemsize <= DENSE_LIMIT_BYTES
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:
+    if not isinstance(value, types):
+        expected = " or ".join(t.__name__ for t in types).replace("NoneType", "None")
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def _check_scale(scale: object) -> None:
+    if isinstance(scale, str):
+        _check_choice("scale", scale, tuple(SCALES))
+        return
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or a name, got {type(scale).__name__}")
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+
+
+def _check_seed(seed: object) -> None:
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
+
+
+PRESETS: dict[str, Feedback] = {
+    # 1906.04554 feeds back softmax - onehot, not divided by the batch.
+    "launay2019": Feedback(error="sum"),
+    "tinydfa": Feedback(distribution="uniform", scale="tinydfa"),
+    "nokland2016": Feedback(distribution="uniform", scale="nokland2016", shared=False),
+    "drtp": Feedback(distribution="uniform", scale="drtp", shared=False),
+    "biotorch": Feedback(distribution="uniform", scale="biotorch", shared=False),
+}

@@ -1,0 +1,171 @@
+"""Checks on the autograd graph of a forward pass: no way round a cut, nothing but the head above."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+
+from .tape import LayerRecord, Point, Tape
+
+if TYPE_CHECKING:
+    from .dfa import DFA
+
+# An edge of the graph: a node and which of its outputs.
+Edge = tuple[Node, int]
+
+_SQUASHED = ("LogSoftmax", "Softmax", "Sigmoid", "LogSigmoid")
+
+
+def check(root: DFA, tape: Tape, points: list[Point], names: list[str], y: Tensor) -> None:
+    """Raises where a path leads round a cut; warns of what else would train unlike DFA.
+
+    Raises:
+        RuntimeError: naming both ends of a path that reaches a point, or what feeds a point,
+            from a later one or from the output without passing a cut.
+    """
+    regions = _Regions(tape, points, y)
+    if not root.allow_bypass:
+        _check_bypass(regions, [*names, "the output"])
+    _warn_above_the_last_point(root, regions.parameters)
+    _warn_squashed_output(root, y)
+
+
+class _Regions:
+    """Which nodes each point, and at last the output, reaches backward without passing a cut.
+
+    By sources: point k, then the output as number len(points). A region ends at the parameters
+    and at the inputs of the root.
+    """
+
+    def __init__(self, tape: Tape, points: list[Point], y: Tensor) -> None:
+        self.edges: list[Edge] = [_edge(_feedback_enters(point)) for point in points]
+        self.readers = _readers(tape, points)
+        self.stops = {_edge(x) for x in tape.inputs}
+        self.parameters: list[Tensor] = []  # trained by the output's true gradient
+        self.reached: list[set[Edge]] = []
+        for edge in self.edges:
+            self.reached.append(self._walk(edge, []))
+        self.reached.append(self._walk(_edge(y), self.parameters) if y.grad_fn else set())
+
+    def _walk(self, start: Edge, parameters: list[Tensor]) -> set[Edge]:
+        seen: set[Edge] = set()
+        waiting = [start]
+        while waiting:
+            edge = waiting.pop()
+            if edge[0] is None or edge in seen or edge in self.stops:
+                continue
+            if hasattr(edge[0], "variable"):  # AccumulateGrad: a parameter or another leaf
+                parameters.append(edge[0].variable)
+                continue
+            seen.add(edge)
+            waiting += edge[0].next_functions
+        return seen
+
+    def follows(self, later: int, earlier: int) -> bool:
+        """Whether a source is computed, through cuts, from what reads point `earlier`."""
+        if earlier not in self.readers:
+            return True  # a FeedbackPoint leaves no trace behind its cut: assume it
+        waiting, seen = [later], set()
+        while waiting:
+            source = waiting.pop()
+            if source in seen:
+                continue
+            seen.add(source)
+            nodes = {node for node, _ in self.reached[source]}
+            behind = [p for p, readers in self.readers.items() if nodes & readers]
+            if earlier in behind:
+                return True
+            waiting += behind
+        return False
+
+
+def _check_bypass(regions: _Regions, names: list[str]) -> None:
+    nodes = [{node for node, _ in reached} for reached in regions.reached]
+    owner: dict[Node, list[int]] = {}
+    for source, region in enumerate(nodes):
+        shared = {earlier for node in region for earlier in owner.get(node, ())}
+        for earlier in sorted(shared):
+            reaches_point = regions.edges[earlier] in regions.reached[source]
+            if reaches_point or regions.follows(source, earlier):
+                raise RuntimeError(_bypass_message(names[earlier], names[source]))
+        for node in region:
+            owner.setdefault(node, []).append(source)
+
+
+def _bypass_message(earlier: str, later: str) -> str:
+    end = later if later == "the output" else f"the input of {later!r}"
+    return (
+        f"a path leads from {end} back to the input of {earlier!r}, or to what feeds it, without "
+        "passing a cut: later feedback would reach it as well. Usually it is a skip connection, "
+        "h + layer(h): put a fastdfa.FeedbackPoint after the add (and none inside the block), or "
+        "accept the path with DFA(..., allow_bypass=True)"
+    )
+
+
+def _feedback_enters(point: Point) -> Tensor:
+    return point.target.output if isinstance(point.target, LayerRecord) else point.tensor
+
+
+def _edge(x: Tensor) -> Edge:
+    edge = get_gradient_edge(x)
+    return edge.node, edge.output_nr
+
+
+def _readers(tape: Tape, points: list[Point]) -> dict[int, set[Node]]:
+    """For each point that layers read: the nodes that made their outputs."""
+    index = {id(point.tensor): number for number, point in enumerate(points)}
+    readers: dict[int, set[Node]] = {}
+    for x, node in tape.readers:
+        if id(x) in index:
+            readers.setdefault(index[id(x)], set()).add(node)
+    return readers
+
+
+def _warn_above_the_last_point(root: DFA, parameters: Iterable[Tensor]) -> None:
+    """Only the head should train by the true gradient of the output."""
+    trained = {id(parameter) for parameter in parameters}
+    owners = [
+        name or type(module).__name__
+        for name, module in root.module.named_modules()
+        if any(id(parameter) in trained for parameter in module.parameters(recurse=False))
+    ]
+    if len(owners) > 1:
+        warnings.warn(
+            f"the true gradient of the output trains {', '.join(map(repr, owners))}: there is no "
+            "feedback point between them. Where only the head should, make it a fastdfa.Linear, "
+            "or put a fastdfa.FeedbackPoint before it",
+            stacklevel=4,
+        )
+
+
+def _warn_squashed_output(root: DFA, y: Tensor) -> None:
+    """There e is the constant -onehot/M under a log-likelihood (MNIST: 91.5 against 96.4%)."""
+    if y.grad_fn is None:
+        return
+    name = type(y.grad_fn).__name__.removesuffix("Backward0")
+    if name not in _SQUASHED:
+        return
+    tap = _producer(root.module, y.grad_fn)
+    where = f"DFA(..., output={tap!r})" if tap else "DFA(..., output=name of the layer before)"
+    warnings.warn(
+        f"the output is a {name}: the error there is a poor signal for feedback, and DFA learns "
+        f"worse from it. Take the error before it, by {where}",
+        stacklevel=4,
+    )
+
+
+def _producer(module: nn.Module, node: Node) -> str | None:
+    """The name of the module whose parameter is nearest below a node."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop(0)
+        if hasattr(node, "variable"):
+            for name, inner in module.named_modules():
+                if any(node.variable is p for p in inner.parameters(recurse=False)):
+                    return name
+        waiting += [after for after, _ in node.next_functions if after is not None]
+    return None

@@ -1,0 +1,279 @@
+"""The kernels as functions: checks, dispatch to the extension or to its twin in `reference`.
+
+Shapes: M rows, C classes (features of the error), n_l features of layer l.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import build
+from ..activations import FIRST_KIND_FROM_INPUT, IDENTITY, KINDS
+from . import reference
+from .reference import accumulation_dtype
+
+__all__ = ["activate_", "feedback", "fill_feedback_", "gate", "project_gate", "reference"]
+
+DISTRIBUTIONS = ("normal", "uniform", "rademacher")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def fill_feedback_(out: Tensor, seed: int, stream: int = 0, distribution: str = "normal") -> None:
+    """Fills `out` [C, n] in place with the unscaled B (mean 0, variance 1) of (seed, stream).
+
+    Args:
+        out: two-dimensional, of a floating dtype; its rows must be contiguous.
+        seed: the 64-bit key of the generator.
+        stream: 32 bits; 0 for a shared B, else a hash of the point's name.
+        distribution: "normal", "uniform" or "rademacher".
+    """
+    code = _distribution(distribution)
+    _check_matrix("out", out)
+    if out.shape[1] > 1 and out.stride(1) != 1:
+        raise ValueError(f"out must have contiguous rows, got strides {tuple(out.stride())}")
+    if build.available(out.device.type):
+        torch.ops.fastdfa.fill_feedback_(out, seed, stream, code)
+    else:
+        reference.fill_feedback_(out, seed, stream, code)
+
+
+def feedback(
+    rows: int,
+    columns: int,
+    *,
+    seed: int,
+    stream: int = 0,
+    distribution: str = "normal",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The unscaled feedback matrix [rows, columns]; see `fill_feedback_`."""
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    fill_feedback_(out, seed, stream, distribution)
+    return out
+
+
+def project_gate(
+    error: Tensor,
+    feedback: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    kinds: Sequence[int],
+    params: Sequence[float],
+    scales: Sequence[float],
+    *,
+    sum_error: bool = False,
+    seed: int = 0,
+    streams: Sequence[int] = (0,),
+    distribution: str = "normal",
+) -> tuple[list[Tensor], list[Tensor]]:
+    """d_l = scale_l (e B_l) * f'(saved_l) and db_l = sum_M d_l for every layer l.
+
+    Args:
+        error: e [M, C].
+        feedback: one B for all layers, or one for each: [C, >= n_l] in the accumulation dtype,
+            of which layer l takes the first n_l columns. Empty: B is generated in the kernel
+            from `seed`, `streams` (one, or one for each layer) and `distribution`.
+        saved: [M, n_l] each, of one dtype: f(a), or a for gelu, gelu_tanh and silu. For the
+            identity it only gives shape and dtype.
+        kinds, params: the activations, codes of `fastdfa.activations.KINDS` and parameters.
+        scales: the factor of each B_l.
+        sum_error: multiply by M as well (inside the accumulator, so that fp16 keeps it).
+
+    Returns:
+        The deltas [M, n_l] in the dtype of `saved`, and the bias gradients [n_l] in the
+        accumulation dtype, reduced in a fixed order.
+
+    Raises:
+        ValueError, TypeError: where shapes, lengths, dtypes or devices do not fit.
+    """
+    code = _distribution(distribution)
+    _check_project_gate(error, feedback, saved, kinds, params, scales, streams)
+    if not saved:
+        return [], []
+    if build.available(error.device.type):
+        results = torch.ops.fastdfa.project_gate(
+            error, feedback, seed, streams, code, saved, kinds, params, scales, sum_error
+        )
+    else:
+        if not feedback:
+            feedback = _generate(error, saved, seed, streams, code)
+        results = reference.project_gate(error, feedback, saved, kinds, params, scales, sum_error)
+    return results[: len(saved)], results[len(saved) :]
+
+
+def gate(grad: Tensor, saved: Tensor, kind: int, param: float = 0.0) -> tuple[Tensor, Tensor]:
+    """delta = grad * f'(saved) [M, n] and its sum over rows [n], in one pass.
+
+    Args:
+        grad: [M, n], the gradient that arrived at the activation's output.
+        saved: [M, n], as in `project_gate`; not read for the identity.
+        kind, param: the activation, a code of `fastdfa.activations.KINDS` and its parameter.
+    """
+    _check_kinds([kind], [param], KINDS)
+    _check_matrix("grad", grad)
+    _check_like("saved", saved, grad, grad.shape)
+    if build.available(grad.device.type):
+        return torch.ops.fastdfa.gate(grad, saved, kind, param)
+    return reference.gate(grad, saved, kind, param)
+
+
+def activate_(x: Tensor, bias: Tensor | None, kind: int, param: float = 0.0) -> None:
+    """x = f(x + bias) in place, in one pass, for the activations whose f' comes from the output.
+
+    Args:
+        x: [..., n], contiguous.
+        bias: [n] or None, in the dtype of x or in its accumulation dtype.
+        kind, param: the activation, a code of `fastdfa.activations.KINDS` and its parameter.
+    """
+    _check_kinds([kind], [param], KINDS[:FIRST_KIND_FROM_INPUT])
+    _check_dtype("x", x)
+    if not x.is_contiguous():
+        raise ValueError(f"x must be contiguous, got strides {tuple(x.stride())}")
+    if bias is not None:
+        _check_bias(x, bias)
+    if build.available(x.device.type):
+        torch.ops.fastdfa.activate_(x, bias, kind, param)
+    else:
+        reference.activate_(x, bias, kind, param)
+
+
+def _generate(
+    error: Tensor, saved: Sequence[Tensor], seed: int, streams: Sequence[int], distribution: int
+) -> list[Tensor]:
+    """The matrices that the kernel would generate piece by piece."""
+    widths = [h.shape[1] for h in saved]
+    matrices = []
+    for stream, width in zip(streams, widths if len(streams) > 1 else [max(widths)], strict=True):
+        dtype = accumulation_dtype(saved[0].dtype)
+        matrix = torch.empty(error.shape[1], width, dtype=dtype, device=error.device)
+        reference.fill_feedback_(matrix, seed, stream, distribution)
+        matrices.append(matrix)
+    return matrices
+
+
+def _distribution(name: str) -> int:
+    if name not in DISTRIBUTIONS:
+        raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {name!r}")
+    return DISTRIBUTIONS.index(name)
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+
+
+def _check_matrix(name: str, tensor: Tensor) -> None:
+    _check_dtype(name, tensor)
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} must have two dimensions, got shape {tuple(tensor.shape)}")
+
+
+def _check_like(name: str, tensor: Tensor, other: Tensor, shape: torch.Size) -> None:
+    _check_matrix(name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name} must be {other.dtype}, got {tensor.dtype}")
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on {other.device}, got {tensor.device}")
+
+
+def _check_bias(x: Tensor, bias: Tensor) -> None:
+    columns = x.shape[-1] if x.dim() else None
+    if bias.dim() != 1 or bias.shape[0] != columns:
+        raise ValueError(f"bias must have shape [{columns}], got {tuple(bias.shape)}")
+    if bias.dtype not in (x.dtype, accumulation_dtype(x.dtype)):
+        raise TypeError(
+            f"bias must be {x.dtype} or {accumulation_dtype(x.dtype)}, got {bias.dtype}"
+        )
+    if bias.device != x.device:
+        raise ValueError(f"bias must be on {x.device}, got {bias.device}")
+
+
+def _check_kinds(kinds: Sequence[int], params: Sequence[float], allowed: Sequence[str]) -> None:
+    for kind, param in zip(kinds, params, strict=True):
+        if not 0 <= kind < len(allowed):
+            raise ValueError(f"kind must be 0 to {len(allowed) - 1} ({', '.join(allowed)}), got {kind}")
+        if kind and param < 0:
+            raise ValueError(f"param of {KINDS[kind]} must not be negative, got {param}")
+
+
+def _check_project_gate(
+    error: Tensor,
+    feedback: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    kinds: Sequence[int],
+    params: Sequence[float],
+    scales: Sequence[float],
+    streams: Sequence[int],
+) -> None:
+    _check_matrix("error", error)
+    layers = len(saved)
+    for name, values in (("kinds", kinds), ("params", params), ("scales", scales)):
+        if len(values) != layers:
+            raise ValueError(f"{name} must have one entry for each of {layers} saved, got {len(values)}")
+    _check_kinds(kinds, params, KINDS)
+    for name, values in (("feedback", feedback), ("streams", streams)):
+        if values and len(values) not in (1, layers):
+            raise ValueError(f"{name} must have 1 or {layers} entries, got {len(values)}")
+    if not feedback and not streams:
+        raise ValueError("streams must not be empty where feedback is")
+    for layer, h in enumerate(saved):
+        _check_matrix(f"saved[{layer}]", h)
+        _check_like(f"saved[{layer}]", h, saved[0], torch.Size((error.shape[0], h.shape[1])))
+        if h.device != error.device:
+            raise ValueError(f"saved[{layer}] must be on {error.device}, got {h.device}")
+    for index, matrix in enumerate(feedback):
+        readers = saved if len(feedback) == 1 else saved[index : index + 1]
+        _check_feedback(index, matrix, error, readers)
+
+
+def _check_feedback(index: int, matrix: Tensor, error: Tensor, readers: Sequence[Tensor]) -> None:
+    _check_matrix(f"feedback[{index}]", matrix)
+    columns = max([0, *[h.shape[1] for h in readers]])
+    if matrix.shape[0] != error.shape[1] or matrix.shape[1] < columns:
+        raise ValueError(
+            f"feedback[{index}] must have shape [{error.shape[1]}, >= {columns}], "
+            f"got {tuple(matrix.shape)}"
+        )
+    for h in readers:
+        if matrix.dtype != accumulation_dtype(h.dtype):
+            raise TypeError(
+                f"feedback[{index}] must be {accumulation_dtype(h.dtype)}, got {matrix.dtype}"
+            )
+    if matrix.device != error.device:
+        raise ValueError(f"feedback[{index}] must be on {error.device}, got {matrix.device}")
+
+
+def _register_fakes() -> None:
+    """Shapes and dtypes of the ops' results, for torch.compile and opcheck."""
+
+    @torch.library.register_fake("fastdfa::project_gate")
+    def _(error, feedback, seed, streams, distribution, saved, kinds, params, scales, sum_error):
+        deltas = [h.new_empty(h.shape) for h in saved]
+        wide = [accumulation_dtype(h.dtype) for h in saved]
+        bias_grads = [h.new_empty(h.shape[1], dtype=d) for h, d in zip(saved, wide, strict=True)]
+        return deltas + bias_grads
+
+    @torch.library.register_fake("fastdfa::gate")
+    def _(grad, saved, kind, param):
+        bias_grad = grad.new_empty(grad.shape[1], dtype=accumulation_dtype(grad.dtype))
+        return grad.new_empty(grad.shape), bias_grad
+
+    @torch.library.register_fake("fastdfa::activate_")
+    def _(x, bias, kind, param):
+        return None
+
+    @torch.library.register_fake("fastdfa::fill_feedback_")
+    def _(out, seed, stream, distribution):
+        return None
+
+
+build.load()
+if build.available("cpu"):
+    _register_fakes()

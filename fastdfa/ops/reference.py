@@ -1,0 +1,151 @@
+"""Every kernel in plain PyTorch: the specification, the fallback and the baseline of the tests.
+
+Shapes: M rows, C classes (features of the error), n_l features of layer l.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import activations
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b; b holds 32-bit words in int64, which the product overflows."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011) on 32-bit words held in int64 tensors."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(PHILOX_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(PHILOX_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + PHILOX_WEYL[0]) & _MASK, (k1 + PHILOX_WEYL[1]) & _MASK
+    return [c0, c1, c2, c3]
+
+
+def _unit(word: Tensor, dtype: torch.dtype) -> Tensor:
+    """A number in (0, 1) from the top 23 bits, exact in float32."""
+    return ((word >> 9).to(dtype) + 0.5) * 2.0**-23
+
+
+def _box_muller(words: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    numbers = []
+    for even, odd in (words[:2], words[2:]):
+        radius = torch.sqrt(-2 * torch.log(_unit(even, dtype)))
+        angle = 2 * math.pi * _unit(odd, dtype)
+        numbers += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return numbers
+
+
+def fill_feedback_(out: Tensor, seed: int, stream: int, distribution: int) -> None:
+    """Writes the unscaled B [C, n], of mean 0 and variance 1, a function of seed and position.
+
+    Column j of row c takes word j mod 4 of philox(counter=(j div 4, c, stream, 0), key=seed).
+    `distribution`: 0 normal (Box-Muller), 1 uniform, 2 Rademacher.
+    """
+    rows, columns = out.shape
+    dtype = accumulation_dtype(out.dtype)
+    block = torch.arange((columns + 3) // 4, device=out.device).expand(rows, -1)
+    row = torch.arange(rows, device=out.device)[:, None].expand_as(block)
+    counter = [block, row, torch.full_like(block, stream), torch.zeros_like(block)]
+    words = philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
+    if distribution == 0:
+        numbers = _box_muller(words, dtype)
+    elif distribution == 1:
+        numbers = [math.sqrt(3) * (2 * _unit(word, dtype) - 1) for word in words]
+    else:
+        numbers = [(1 - 2 * (word >> 31)).to(dtype) for word in words]
+    out.copy_(torch.stack(numbers, dim=-1).flatten(1)[:, :columns])
+
+
+def derivative(saved: Tensor, kind: int, param: float) -> Tensor:
+    """f' from the output f(a), or from the input a for gelu, gelu_tanh and silu."""
+    name = activations.KINDS[kind]
+    one = torch.ones_like(saved)
+    if name == "identity":
+        return one
+    if name == "relu":
+        return torch.where(saved <= 0, 0 * one, one)
+    if name == "leaky_relu":
+        return torch.where(saved <= 0, param * one, one)
+    if name == "tanh":
+        return 1 - saved * saved
+    if name == "sigmoid":
+        return saved * (1 - saved)
+    if name == "elu":
+        return torch.where(saved <= 0, saved + param, one)
+    if name == "softplus":
+        return -torch.expm1(-param * saved)
+    if name == "gelu":
+        density = torch.exp(-0.5 * saved * saved) / math.sqrt(2 * math.pi)
+        return 0.5 * (1 + torch.erf(saved / math.sqrt(2))) + saved * density
+    if name == "gelu_tanh":
+        scale = math.sqrt(2 / math.pi)
+        t = torch.tanh(scale * (saved + 0.044715 * saved**3))
+        slope = scale * (1 + 3 * 0.044715 * saved * saved)
+        return 0.5 * (1 + t) + 0.5 * saved * (1 - t * t) * slope
+    sigmoid = torch.sigmoid(saved)  # silu
+    return sigmoid * (1 + saved * (1 - sigmoid))
+
+
+def gate(grad: Tensor, saved: Tensor, kind: int, param: float) -> tuple[Tensor, Tensor]:
+    """delta = grad * f'(saved) [M, n] in grad's dtype; bias gradient [n] summed before rounding."""
+    wide = accumulation_dtype(grad.dtype)
+    delta = grad.to(wide)
+    if kind != activations.IDENTITY:
+        delta = delta * derivative(saved.to(wide), kind, param)
+    return delta.to(grad.dtype), delta.sum(0)
+
+
+def project_gate(
+    error: Tensor,
+    feedback: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    kinds: Sequence[int],
+    params: Sequence[float],
+    scales: Sequence[float],
+    sum_error: bool,
+) -> list[Tensor]:
+    """d_l = scale_l (M if sum_error) (e B_l) * f'(saved_l) for every layer, then every db_l.
+
+    error [M, C]; feedback: one matrix for all layers or one for each, [C, >= n_l], of which
+    layer l takes the first n_l columns; saved [M, n_l].
+    """
+    deltas, bias_grads = [], []
+    for layer, h in enumerate(saved):
+        wide = accumulation_dtype(h.dtype)
+        matrix = feedback[layer if len(feedback) > 1 else 0][:, : h.shape[1]]
+        factor = scales[layer] * (error.shape[0] if sum_error else 1)
+        projection = (error.to(wide) @ matrix.to(wide)) * factor
+        if kinds[layer] != activations.IDENTITY:
+            projection = projection * derivative(h.to(wide), kinds[layer], params[layer])
+        deltas.append(projection.to(h.dtype))
+        bias_grads.append(projection.sum(0))
+    return deltas + bias_grads
+
+
+def activate_(x: Tensor, bias: Tensor | None, kind: int, param: float) -> None:
+    """x = f(x + bias) in place; x [..., n], bias [n]."""
+    if bias is not None:
+        x.add_(bias)
+    if kind != activations.IDENTITY:
+        x.copy_(activations.apply(x, kind, param))

@@ -61,7 +61,7 @@ def build_info() -> dict[str, Any]:
 
 def _missing() -> str | None:
     """Why there is no extension at all, if so."""
-    if os.environ.get("FASTDFA_DISABLE_EXTENSION", "0") != "0":
+    if os.environ.get("FASTDFA_DISABLE_EXTENSION", "") not in ("", "0"):
         return "FASTDFA_DISABLE_EXTENSION is set"
     if not _library("cpu").exists():
         return "the extension is not built: reinstall fastdfa without FASTDFA_PURE_PYTHON, on Linux"

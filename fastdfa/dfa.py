@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -156,11 +157,12 @@ class DFA(nn.Module):
             (name, n, point.tensor.dtype, point.tensor.device)
             for point, name, n in zip(points, names, features, strict=True)
         )
-        if eager and Layout(y.shape[-1], sizes) != self._layout:
+        classes = index(y.shape[-1])
+        if eager and Layout(classes, sizes) != self._layout:
             graph.check(self, tape, points, names, y)
         if not points:
             return y
-        scales, streams = self._settle(y.shape[-1], sizes)
+        scales, streams = self._settle(classes, sizes)
         targets = [
             _target(point, y, n, scale, stream)
             for point, n, scale, stream in zip(points, features, scales, streams, strict=True)
@@ -170,7 +172,7 @@ class DFA(nn.Module):
         seed = self._read_seed(self._key)
         # Applied from the input up, so that the top group is the first in backward.
         for batch in reversed(_batches(points, targets)):
-            group, tensors = self._group(batch, seed, y.shape[-1], max(features))
+            group, tensors = self._group(batch, seed, classes, max(features))
             y = Broadcast.apply(group, y, *tensors)
         return y
 
@@ -399,15 +401,18 @@ def _watched(x: Tensor) -> bool:
 
 
 def _features(point: Point, name: str, y: Tensor) -> int:
-    """n_l of a point: its rows must be those of the error, the rest is features."""
+    """n_l of a point: its rows must be those of the error, the rest is features.
+
+    By `index`, as a compiled step with dynamic shapes must still take B's size as a constant.
+    """
     shape, rows = point.tensor.shape, y.shape[:-1]
     if point.rows is not None:
         if prod(shape[: point.rows]) == prod(rows):
-            return prod(shape[point.rows :])
+            return index(prod(shape[point.rows :]))
     elif shape[:-1] == rows:
-        return shape[-1]
+        return index(shape[-1])
     elif y.dim() == 2 and len(shape) > 0 and shape[0] == y.shape[0]:
-        return prod(shape[1:])
+        return index(prod(shape[1:]))
     raise ValueError(
         f"feedback point {name!r}: expected a tensor whose rows are those of the error, "
         f"[{', '.join(map(str, rows))}], got shape {tuple(shape)} for an output of shape "
@@ -458,6 +463,8 @@ def _check_output(y: Any, tap: str | None) -> None:
             f"{where} must be a tensor, got {type(y).__name__}; "
             "DFA(module, output=name) takes the error at a submodule's output"
         )
+    if not y.is_floating_point():
+        raise TypeError(f"{where} must be of a floating dtype, got {y.dtype}")
     if y.dim() == 0:
         raise ValueError(
             f"{where} must have shape [*rows, C], got a scalar; if it is the loss, "
@@ -467,11 +474,10 @@ def _check_output(y: Any, tap: str | None) -> None:
 
 def _check_unmodified(points: list[Point], names: list[str]) -> None:
     for point, name in zip(points, names, strict=True):
-        record = point.target
-        if isinstance(record, LayerRecord) and record.saved._version != record.version:
+        if isinstance(point.target, LayerRecord) and point.target.modified:
             raise RuntimeError(
-                f"the tensor that {name!r} reads was modified in place after an activation was "
-                "computed into it, which the derivative needs; use the out-of-place operation"
+                f"the input or the output of the layer before {name!r} was modified by an in-place "
+                "operation after that layer ran, and its gradient needs both as they were"
             )
 
 

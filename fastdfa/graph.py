@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
+from .activations import KINDS
 from .tape import LayerRecord, Point, Tape
 
 if TYPE_CHECKING:
@@ -25,9 +26,12 @@ def check(root: DFA, tape: Tape, points: list[Point], names: list[str], y: Tenso
 
     Raises:
         RuntimeError: naming both ends of a path that reaches a point, or what feeds a point,
-            from a later one or from the output without passing a cut.
+            from a later one or from the output without passing a cut; or where layers hide in a
+            reentrant checkpoint, which runs them without a graph and later without a tape.
     """
     regions = _Regions(tape, points, y)
+    if tape.skipped is not None:
+        _check_reentrant(regions, tape.skipped)
     if not root.allow_bypass:
         _check_bypass(regions, [*names, "the output"])
     _warn_above_the_last_point(root, regions.parameters)
@@ -96,6 +100,15 @@ def _check_bypass(regions: _Regions, names: list[str]) -> None:
             owner.setdefault(node, []).append(source)
 
 
+def _check_reentrant(regions: _Regions, skipped: nn.Module) -> None:
+    nodes = {node for region in regions.reached for node, _ in region}
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+        raise RuntimeError(
+            f"{type(skipped).__name__} is inside a reentrant activation checkpoint, where it cannot "
+            "be cut: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+
+
 def _bypass_message(earlier: str, later: str) -> str:
     end = later if later == "the output" else f"the input of {later!r}"
     return (
@@ -147,13 +160,15 @@ def _warn_squashed_output(root: DFA, y: Tensor) -> None:
     if y.grad_fn is None:
         return
     name = type(y.grad_fn).__name__.removesuffix("Backward0")
+    inside = ""
+    if getattr(y.grad_fn, "gate", (None,))[0] == KINDS.index("sigmoid"):
+        name, inside = "Sigmoid", " after making the activation a module of its own"
     if name not in _SQUASHED:
         return
-    tap = _producer(root.module, y.grad_fn)
-    where = f"DFA(..., output={tap!r})" if tap else "DFA(..., output=name of the layer before)"
+    tap = _producer(root.module, y.grad_fn) or "name of the layer before"
     warnings.warn(
         f"the output is a {name}: the error there is a poor signal for feedback, and DFA learns "
-        f"worse from it. Take the error before it, by {where}",
+        f"worse from it. Take the error before it, by DFA(..., output={tap!r}){inside}",
         stacklevel=4,
     )
 

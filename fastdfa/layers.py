@@ -52,7 +52,7 @@ class Linear(nn.Linear):
         if gate is not None:
             output = _activated_linear(behind, self.weight, self.bias, gate)
         else:
-            output = F.linear(behind, self.weight, self.bias)
+            output = _linear(behind, self.weight, self.bias)
             if self.activation is not None:
                 output = self.activation(output)
         note_reader(input, output)
@@ -112,6 +112,36 @@ class _ActivatedLinear(torch.autograd.Function):
         return None, None, x_grad, weight_grad, bias_grad, None, None
 
 
+class _CheckpointedLinear(torch.autograd.Function):
+    """F.linear that saves input and weight whether or not its input is cut.
+
+    Activation checkpointing runs a layer again in backward, without a tape, so uncut, and demands
+    that it saves the same tensors.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        delta = as_matrix(grad)
+        x_grad = (delta @ weight).view(x.shape) if needs_x else None
+        weight_grad = weight_gradient(delta, x) if needs_weight else None
+        return x_grad, weight_grad, delta.sum(0) if needs_bias else None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling() or not _saved_tensor_hooks_active():
+        return F.linear(x, weight, bias)
+    bias = None if bias is None else _autocast(bias)
+    return _CheckpointedLinear.apply(_autocast(x), _autocast(weight), bias)
+
+
 def as_matrix(x: Tensor) -> Tensor:
     """[*rows, n] as [M, n]."""
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
@@ -131,7 +161,7 @@ def _activated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate
     if not (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return h
     output = _ActivatedLinear.apply(h, a, x, weight, bias, *gate)
-    _record(LayerRecord(output, h if a is None else a, x, weight, bias, gate, 0, None))
+    _record(LayerRecord(output, h if a is None else a, x, weight, bias, gate, None, None))
     return output
 
 
@@ -156,10 +186,12 @@ def _record(record: LayerRecord) -> None:
     tape = state.tape
     if tape is None or tape.tapped is not None or record.input.requires_grad:
         return
-    if not torch.compiler.is_compiling() and _saved_tensor_hooks_active():
-        return
-    version = 0 if torch.compiler.is_compiling() else record.saved._version
-    tape.layers = record._replace(version=version, previous=tape.layers)
+    versions = None
+    if not torch.compiler.is_compiling():
+        if _saved_tensor_hooks_active():
+            return
+        versions = (record.saved._version, record.input._version)
+    tape.layers = record._replace(versions=versions, previous=tape.layers)
 
 
 def _saved_tensor_hooks_active() -> bool:

@@ -37,8 +37,13 @@ class LayerRecord(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     gate: Gate
-    version: int  # of `saved`, to notice a modification in place
+    versions: tuple[int, int] | None  # of `saved` and `input`; None where the layer is compiled
     previous: LayerRecord | None
+
+    @property
+    def modified(self) -> bool:
+        """Whether what the backward needs was changed in place since."""
+        return self.versions not in (None, (self.saved._version, self.input._version))
 
 
 class Point(NamedTuple):
@@ -81,6 +86,7 @@ class Tape:
         self.points: Point | None = None
         self.layers: LayerRecord | None = None
         self.readers: list[tuple[Tensor, Node]] = []  # a cut tensor, the node of its reader's output
+        self.skipped: nn.Module | None = None  # a layer that was called with gradients disabled
         self.tap: nn.Module | None = None  # the module at whose output the error is taken, and
         self.tapped: Tensor | None = None  # that output: nothing is cut after it
 
@@ -116,11 +122,12 @@ class Tape:
 def cut(layer: nn.Module, x: Tensor, rows: int | None = None) -> Tensor:
     """Makes the input x of `layer` a feedback point, where a tape is being written."""
     tape = state.tape
-    if tape is None or tape.tapped is not None or not x.requires_grad:
+    if tape is None or tape.tapped is not None:
         return x
     if not torch.is_grad_enabled():
+        tape.skipped = layer
         return x
-    return tape.cut(layer, x, rows)
+    return tape.cut(layer, x, rows) if x.requires_grad else x
 
 
 def note_reader(x: Tensor, output: Tensor) -> None:

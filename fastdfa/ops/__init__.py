@@ -90,7 +90,9 @@ def project_gate(
         ValueError, TypeError: where shapes, lengths, dtypes or devices do not fit.
     """
     code = _distribution(distribution)
-    _check_project_gate(error, feedback, saved, kinds, params, scales, streams)
+    # A traced call has its shapes checked by the kernel: Dynamo knows too little of them here.
+    if not torch.compiler.is_compiling():
+        _check_project_gate(error, feedback, saved, kinds, params, scales, streams)
     if not saved:
         return [], []
     if build.available(error.device.type):

@@ -20,10 +20,9 @@ from .feedback import DenseCache, Feedback, Source
 from .ops.reference import accumulation_dtype
 from .tape import LayerRecord, Point, Tape, state
 
-# The deltas of one group of layers exist at a time. Backprop holds two gradients of a layer's
-# size at its peak, so two layers' worth takes no more memory than it does; a group below 4 MiB
-# is not split, as the deltas then stay in the cache for the weight gradients that follow.
-WORKSPACE_LAYERS = 2
+# The deltas of one group of layers exist at a time: of one layer, or of as many as fit in this. At
+# its peak backprop holds two gradients of a layer's size, so that much costs no more memory than
+# it does (16x512, batch 8192); and deltas this small are still in the cache for the weight gradients.
 WORKSPACE_BYTES = 4 * 2**20
 
 # Prefixes that wrappers add to names; B must not depend on them.
@@ -94,10 +93,10 @@ class DFA(nn.Module):
             raise RuntimeError("a DFA was called inside another DFA: wrap the outermost only")
         if not torch.is_grad_enabled() or any(self is root for root in state.true_gradients):
             return self.module(*args, **kwargs)
-        tape = Tape(self, [x for x in tree_leaves((args, kwargs)) if _requires_grad(x)])
+        inputs = [x for x in tree_leaves((args, kwargs)) if _requires_grad(x)]
+        tape = Tape(self, inputs, self._install_tap())
         state.tape = tape
         try:
-            self._install_tap()
             y = self.module(*args, **kwargs)
         finally:
             state.tape = None
@@ -149,7 +148,7 @@ class DFA(nn.Module):
     def _broadcast(self, tape: Tape, y: Any) -> Any:
         """Returns y with the backward of DFA behind it."""
         _check_output(y, self.output)
-        points = _in_order(tape.points)
+        points = tape.in_order()
         eager = not torch.compiler.is_compiling()
         names = self._name(points)
         features = [_features(point, name, y) for point, name in zip(points, names, strict=True)]
@@ -290,13 +289,14 @@ class DFA(nn.Module):
 
     # The tap: a hook without a reference to this root, found by it when it runs.
 
-    def _install_tap(self) -> None:
+    def _install_tap(self) -> nn.Module | None:
+        """Returns the submodule whose output is tapped, with the hook in place."""
         if self.output is None:
-            return
+            return None
         tapped = self.module.get_submodule(self.output)
-        state.tape.tap = tapped
         if _tap not in tapped._forward_hooks.values():
             tapped.register_forward_hook(_tap)
+        return tapped
 
     # Copies and pickles carry the seed and the rule; what can be made again is left out.
 
@@ -307,6 +307,7 @@ class DFA(nn.Module):
         self._cache = DenseCache()
         self._seed_version: tuple[Tensor, int] | None = None
         self._find_names()
+        self._install_tap()
 
     def __getstate__(self) -> dict[str, Any]:
         made_again = ("_layout", "_scales", "_streams", "_cache", "_seed_version", "_names")
@@ -353,7 +354,6 @@ def _batches(
     before what is below, so splitting them would free nothing.
     """
     sizes = [x.tensor.numel() * x.tensor.dtype.itemsize for x in points]
-    workspace = max(WORKSPACE_BYTES, WORKSPACE_LAYERS * max(sizes))
     batches: list[Batch] = []
     first: dict[tuple[torch.dtype, torch.device], Batch] = {}
     room = 0
@@ -363,7 +363,7 @@ def _batches(
         if kind not in first or (fused and (size > room or kind != batches[-1][:2])):
             batches.append(Batch(*kind, [], []))
             first.setdefault(kind, batches[-1])
-            room = workspace
+            room = max(WORKSPACE_BYTES, size)
         if fused:
             batches[-1].fused.append((target, goal))
             room -= size
@@ -418,14 +418,6 @@ def _features(point: Point, name: str, y: Tensor) -> int:
         f"[{', '.join(map(str, rows))}], got shape {tuple(shape)} for an output of shape "
         f"{tuple(y.shape)}; fastdfa.FeedbackPoint(rows=k) says which dimensions are rows"
     )
-
-
-def _in_order(newest: Point | None) -> list[Point]:
-    points = []
-    while newest is not None:
-        points.append(newest)
-        newest = newest.previous
-    return points[::-1]
 
 
 def _tap(module: nn.Module, args: Any, output: Any) -> Any:

@@ -62,6 +62,8 @@ class _Regions:
             edge = waiting.pop()
             if edge[0] is None or edge in seen or edge in self.stops:
                 continue
+            if edge[0].name() == "CompiledFunctionBackward":
+                continue  # one node for all of a compiled block: its edges tell no paths
             if hasattr(edge[0], "variable"):  # AccumulateGrad: a parameter or another leaf
                 parameters.append(edge[0].variable)
                 continue
@@ -88,16 +90,18 @@ class _Regions:
 
 
 def _check_bypass(regions: _Regions, names: list[str]) -> None:
-    nodes = [{node for node, _ in reached} for reached in regions.reached]
-    owner: dict[Node, list[int]] = {}
-    for source, region in enumerate(nodes):
-        shared = {earlier for node in region for earlier in owner.get(node, ())}
-        for earlier in sorted(shared):
-            reaches_point = regions.edges[earlier] in regions.reached[source]
-            if reaches_point or regions.follows(source, earlier):
+    points = {edge: point for point, edge in enumerate(regions.edges)}
+    owners: dict[Node, list[int]] = {}
+    for source, reached in enumerate(regions.reached):
+        for point in sorted(points[edge] for edge in points.keys() & reached):
+            if point != source:
+                raise RuntimeError(_bypass_message(names[point], names[source]))
+        nodes = {node for node, _ in reached}
+        for earlier in sorted({owner for node in nodes for owner in owners.get(node, ())}):
+            if regions.follows(source, earlier):
                 raise RuntimeError(_bypass_message(names[earlier], names[source]))
-        for node in region:
-            owner.setdefault(node, []).append(source)
+        for node in nodes:
+            owners.setdefault(node, []).append(source)
 
 
 def _check_reentrant(regions: _Regions, skipped: nn.Module) -> None:

@@ -76,47 +76,43 @@ class Token(torch.autograd.Function):
 class Tape:
     """The points and layers of one forward pass of one root, newest first.
 
-    Linked lists: where layers are compiled one by one, a Python list would be guarded by its
-    length and recompile each of them.
+    Linked lists, of which a layer looks at the newest only: where layers are compiled one by one,
+    a Python list would be guarded by its length, and recompile each of them.
     """
 
-    def __init__(self, root: nn.Module, inputs: list[Tensor]) -> None:
+    def __init__(self, root: nn.Module, inputs: list[Tensor], tap: nn.Module | None) -> None:
         self.root = root
         self.inputs = inputs  # tensors given to the root that require grad: never points
         self.points: Point | None = None
         self.layers: LayerRecord | None = None
         self.readers: list[tuple[Tensor, Node]] = []  # a cut tensor, the node of its reader's output
         self.skipped: nn.Module | None = None  # a layer that was called with gradients disabled
-        self.tap: nn.Module | None = None  # the module at whose output the error is taken, and
+        self.tap = tap  # the module at whose output the error is taken, and
         self.tapped: Tensor | None = None  # that output: nothing is cut after it
 
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None) -> Tensor:
-        """Records x as a point, once, and returns it without its history."""
+        """Records x as a point and returns it without its history."""
         for given in self.inputs:
             if x is given:
                 return x
-        if not self._has_point(x):
-            target = self._layer_of(x) if rows is None else None
-            self.points = Point(
-                layer, x, Token.apply(x) if target is None else target, rows, self.points
-            )
+        if self.points is None or self.points.tensor is not x:
+            newest = self.layers
+            fused = newest is not None and newest.output is x and rows is None
+            target = newest if fused else Token.apply(x)
+            self.points = Point(layer, x, target, rows, self.points)
         return x.detach()
 
-    def _has_point(self, x: Tensor) -> bool:
-        point = self.points
-        while point is not None:
-            if point.tensor is x:
-                return True
-            point = point.previous
-        return False
-
-    def _layer_of(self, x: Tensor) -> LayerRecord | None:
-        record = self.layers
-        while record is not None:
-            if record.output is x:
-                return record
-            record = record.previous
-        return None
+    def in_order(self) -> list[Point]:
+        """The points from the input up; of several that read one tensor, the first."""
+        points = []
+        newest = self.points
+        while newest is not None:
+            points.append(newest)
+            newest = newest.previous
+        by_tensor: dict[int, Point] = {}
+        for point in reversed(points):
+            by_tensor.setdefault(id(point.tensor), point)
+        return list(by_tensor.values())
 
 
 def cut(layer: nn.Module, x: Tensor, rows: int | None = None) -> Tensor:

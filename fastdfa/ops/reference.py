@@ -16,6 +16,11 @@ from .. import activations
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+# Constants of the module, as Dynamo makes the product of `math.pi` symbolic with dynamic=True.
+_TWO_PI = 2 * math.pi
+_ROOT_TWO = math.sqrt(2)
+_ROOT_TWO_PI = math.sqrt(2 * math.pi)
+_GELU_TANH = math.sqrt(2 / math.pi)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,7 +56,7 @@ def _box_muller(words: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     numbers = []
     for even, odd in (words[:2], words[2:]):
         radius = torch.sqrt(-2 * torch.log(_unit(even, dtype)))
-        angle = 2 * math.pi * _unit(odd, dtype)
+        angle = _TWO_PI * _unit(odd, dtype)
         numbers += [radius * torch.cos(angle), radius * torch.sin(angle)]
     return numbers
 
@@ -96,12 +101,11 @@ def derivative(saved: Tensor, kind: int, param: float) -> Tensor:
     if name == "softplus":
         return -torch.expm1(-param * saved)
     if name == "gelu":
-        density = torch.exp(-0.5 * saved * saved) / math.sqrt(2 * math.pi)
-        return 0.5 * (1 + torch.erf(saved / math.sqrt(2))) + saved * density
+        density = torch.exp(-0.5 * saved * saved) / _ROOT_TWO_PI
+        return 0.5 * (1 + torch.erf(saved / _ROOT_TWO)) + saved * density
     if name == "gelu_tanh":
-        scale = math.sqrt(2 / math.pi)
-        t = torch.tanh(scale * (saved + 0.044715 * saved**3))
-        slope = scale * (1 + 3 * 0.044715 * saved * saved)
+        t = torch.tanh(_GELU_TANH * (saved + 0.044715 * saved**3))
+        slope = _GELU_TANH * (1 + 3 * 0.044715 * saved * saved)
         return 0.5 * (1 + t) + 0.5 * saved * (1 - t * t) * slope
     sigmoid = torch.sigmoid(saved)  # silu
     return sigmoid * (1 + saved * (1 - sigmoid))

@@ -16,11 +16,6 @@ from .. import activations
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
-# Constants of the module, as Dynamo makes the product of `math.pi` symbolic with dynamic=True.
-_TWO_PI = 2 * math.pi
-_ROOT_TWO = math.sqrt(2)
-_ROOT_TWO_PI = math.sqrt(2 * math.pi)
-_GELU_TANH = math.sqrt(2 / math.pi)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,7 +51,7 @@ def _box_muller(words: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     numbers = []
     for even, odd in (words[:2], words[2:]):
         radius = torch.sqrt(-2 * torch.log(_unit(even, dtype)))
-        angle = _TWO_PI * _unit(odd, dtype)
+        angle = 2 * math.pi * _unit(odd, dtype)
         numbers += [radius * torch.cos(angle), radius * torch.sin(angle)]
     return numbers
 
@@ -83,7 +78,10 @@ def fill_feedback_(out: Tensor, seed: int, stream: int, distribution: int) -> No
 
 
 def derivative(saved: Tensor, kind: int, param: float) -> Tensor:
-    """f' from the output f(a), or from the input a for gelu, gelu_tanh and silu."""
+    """f' from the output f(a), or from the input a for gelu, gelu_tanh and silu.
+
+    Literals, as torch.compile(dynamic=True) takes a float from a module for an unknown.
+    """
     name = activations.KINDS[kind]
     one = torch.ones_like(saved)
     if name == "identity":
@@ -101,11 +99,12 @@ def derivative(saved: Tensor, kind: int, param: float) -> Tensor:
     if name == "softplus":
         return -torch.expm1(-param * saved)
     if name == "gelu":
-        density = torch.exp(-0.5 * saved * saved) / _ROOT_TWO_PI
-        return 0.5 * (1 + torch.erf(saved / _ROOT_TWO)) + saved * density
+        density = torch.exp(-0.5 * saved * saved) / 2.5066282746310002  # sqrt(2 pi)
+        return 0.5 * (1 + torch.erf(saved * 0.7071067811865476)) + saved * density
     if name == "gelu_tanh":
-        t = torch.tanh(_GELU_TANH * (saved + 0.044715 * saved**3))
-        slope = _GELU_TANH * (1 + 3 * 0.044715 * saved * saved)
+        # 0.7978... is sqrt(2 / pi).
+        t = torch.tanh(0.7978845608028654 * (saved + 0.044715 * saved**3))
+        slope = 0.7978845608028654 * (1 + 3 * 0.044715 * saved * saved)
         return 0.5 * (1 + t) + 0.5 * saved * (1 - t * t) * slope
     sigmoid = torch.sigmoid(saved)  # silu
     return sigmoid * (1 + saved * (1 - sigmoid))

@@ -1,0 +1,22 @@
+#pragma once
+
+#include "philox.h"
+
+namespace fastdfa {
+
+struct FillFeedbackParams {
+  void* out;        // [classes, columns], unit column stride
+  int64_t out_row;  // row stride, in elements
+  int64_t classes, columns;
+  DType dtype;
+  FeedbackKey key;
+};
+
+// A task is one row of one segment of columns.
+constexpr int64_t fill_segment = 4096;
+
+FASTDFA_INLINE int64_t fill_tasks(const FillFeedbackParams& p) {
+  return p.classes * ceil_div(p.columns, fill_segment);
+}
+
+}  // namespace fastdfa

@@ -1,0 +1,22 @@
+// Every op's schema on one page. Implementations: cpu/ops_cpu.cpp; twins in plain PyTorch:
+// fastdfa/ops/reference.py, which is the specification.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastdfa, m) {
+  // out [C, n] = the feedback matrix of (seed, stream, distribution), unit variance.
+  m.def("fill_feedback_(Tensor(a!) out, int seed, int stream, int distribution) -> ()");
+
+  // error [M, C]; feedback: one [C, >= max n_l] for all layers, or one for each, or none (then it
+  // is generated: streams, one for all or one for each); saved: L x [M, n_l].
+  // -> L x delta [M, n_l] = scales[l] * (sum_error ? M : 1) * (error @ B_l) * f'_l(saved_l),
+  //    then L x bias gradient [n_l] = sum of the rows of delta, in the accumulation dtype.
+  m.def(
+      "project_gate(Tensor error, Tensor[] feedback, int seed, int[] streams, int distribution, "
+      "Tensor[] saved, int[] kinds, float[] params, float[] scales, bool sum_error) -> Tensor[]");
+
+  // grad, saved [M, n] -> (delta [M, n] = grad * f'(saved), bias gradient [n]).
+  m.def("gate(Tensor grad, Tensor saved, int kind, float param) -> (Tensor, Tensor)");
+
+  // x [*, n] = f(x + bias [n]).
+  m.def("activate_(Tensor(a!) x, Tensor? bias, int kind, float param) -> ()");
+}

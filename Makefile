@@ -1,0 +1,77 @@
+# Everything from a fresh clone: needs make, Python 3.10 or later with venv, and a C++ compiler.
+#
+#   make train ARGS="--dataset mnist --data DIR"
+#   make train PYTHON=python3.12             the interpreter that makes .venv
+#   make train VENV=$VIRTUAL_ENV             an environment of yours: what it lacks is installed
+#   make train TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+#                                            where no PyTorch is installed yet: which one to take
+#   make train FASTDFA_PURE_PYTHON=1         no compiler: plain PyTorch in place of the kernels
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch~=2.13.0
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install -qq
+
+# One pair of stamps for each environment: its packages, and the extension built for it.
+STAMP := build/stamp$(subst /,-,$(abspath $(VENV)))
+SOURCES := setup.py build_backend.py CMakeLists.txt $(shell find cmake csrc -type f)
+KERNELS := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+BUILD := CMAKE_ARGS="-DBUILD_TESTING=ON $(CMAKE_ARGS)" $(PY) setup.py --quiet build_ext --inplace
+
+.PHONY: help train test bench lint format wheel clean FORCE
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+
+train: $(STAMP).built ## train one network by DFA and by backprop
+	@$(PY) benchmarks/train.py $(ARGS)
+
+test: $(STAMP).built ## kernel tests, then every test with the kernels, then without
+	@$(BUILD)
+	@test ! -d build/cmake || $(VENV)/bin/ctest --test-dir build/cmake --output-on-failure
+	$(PY) -m pytest -q $(ARGS)
+	FASTDFA_DISABLE_EXTENSION=1 $(PY) -m pytest -q -m "not slow" $(ARGS)
+
+bench: $(STAMP).built ## time and memory of a training step, and of each kernel
+	$(PY) benchmarks/step.py $(ARGS)
+	$(PY) benchmarks/kernels.py $(ARGS)
+
+lint: $(STAMP).packages ## ruff and clang-format, at pinned versions
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(KERNELS)
+
+format: $(STAMP).packages ## put what lint asks for in place
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(KERNELS)
+
+wheel: $(STAMP).packages ## dist/*.whl for this Python and processor
+	@rm -rf build/lib* build/bdist*
+	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean: ## everything built; environments and results stay
+	rm -rf build dist *.egg-info fastdfa/*.so
+
+$(STAMP).packages: pyproject.toml $(if $(wildcard $(PY)),,FORCE)
+	@python="$(PY)"; test -x "$$python" || python="$(PYTHON)"; \
+	$$python -c "import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))" 2>/dev/null || { \
+	  echo "fastdfa: $$python is no Python 3.10 or later with its venv module" \
+	    "(Debian: apt install python3-venv); name one with PYTHON=..." >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { \
+	  echo "Making $(VENV)"; $(PYTHON) -m venv "$(VENV)"; }
+	@$(PY) -c "from importlib.metadata import version as v; \
+	  exit([*map(int, v('torch').split('.')[:2])] < [2, 10])" 2>/dev/null || { \
+	  echo "Installing $(TORCH); this can take minutes"; $(PIP) $(TORCH); }
+	@echo "Installing fastdfa and its requirements"
+	@FASTDFA_PURE_PYTHON=1 $(PIP) --editable ".[test,dev]"
+	@mkdir -p build && touch $@
+
+# pip's editable install above already points here; the extension lands beside the Python files.
+$(STAMP).built: $(STAMP).packages $(SOURCES)
+	@echo "Compiling"
+	@$(BUILD)
+	@touch $@

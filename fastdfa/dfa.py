@@ -1,10 +1,9 @@
-"""The root: `DFA` collects the feedback points of a forward pass and broadcasts the error to them."""
+"""The root: `DFA` collects the points of a forward pass and broadcasts the error to them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
 from operator import index
 from typing import Any, NamedTuple
 
@@ -13,17 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import feedback as feedback_rules
-from . import graph, ops
-from .activations import IDENTITY
+from . import graph, ops, plan
 from .broadcast import Broadcast, Group, Target
 from .feedback import DenseCache, Feedback, Source
 from .ops.reference import accumulation_dtype
-from .tape import LayerRecord, Point, Tape, state
-
-# The deltas of one group of layers exist at a time: of one layer, or of as many as fit in this. At
-# its peak backprop holds two gradients of a layer's size, so that much costs no more memory than
-# it does (16x512, batch 8192); and deltas this small are still in the cache for the weight gradients.
-WORKSPACE_BYTES = 4 * 2**20
+from .tape import Point, Tape, state
 
 # Prefixes that wrappers add to names; B must not depend on them.
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -151,7 +144,9 @@ class DFA(nn.Module):
         points = tape.in_order()
         eager = not torch.compiler.is_compiling()
         names = self._name(points)
-        features = [_features(point, name, y) for point, name in zip(points, names, strict=True)]
+        features = [
+            plan.features_of(point, name, y) for point, name in zip(points, names, strict=True)
+        ]
         sizes = tuple(
             (name, n, point.tensor.dtype, point.tensor.device)
             for point, name, n in zip(points, names, features, strict=True)
@@ -163,20 +158,20 @@ class DFA(nn.Module):
             return y
         scales, streams = self._settle(classes, sizes)
         targets = [
-            _target(point, y, n, scale, stream)
+            plan.target_of(point, y, n, scale, stream)
             for point, n, scale, stream in zip(points, features, scales, streams, strict=True)
         ]
         if eager:
-            _check_unmodified(points, names)
+            plan.check_unmodified(points, names)
         seed = self._read_seed(self._key)
         # Applied from the input up, so that the top group is the first in backward.
-        for batch in reversed(_batches(points, targets)):
+        for batch in reversed(plan.batches(points, targets)):
             group, tensors = self._group(batch, seed, classes, max(features))
             y = Broadcast.apply(group, y, *tensors)
         return y
 
     def _group(
-        self, batch: Batch, seed: int, classes: int, widest: int
+        self, batch: plan.Batch, seed: int, classes: int, widest: int
     ) -> tuple[Group, list[Tensor | None]]:
         """The node's description, and its tensors in the order that `Broadcast` expects."""
         rule = self.feedback
@@ -185,14 +180,7 @@ class DFA(nn.Module):
             if target not in projections:
                 projections.append(target)
         targets = [target for target, _ in batch.fused] + projections
-        dense: list[Tensor | None] = []
-        dtype = accumulation_dtype(batch.dtype)
-        for target in targets[:1] if rule.shared else targets:
-            columns = widest if rule.shared else target.features
-            if feedback_rules.fits_dense(rule, classes, columns, dtype):
-                dense += self._dense(seed, target.stream, classes, columns, dtype, batch.device)
-        if len(dense) not in (1 if rule.shared else len(targets),):
-            dense = []  # one that is too large: all are generated
+        dense = self._dense_matrices(targets, seed, classes, widest, batch)
         group = Group(
             fused=tuple(target for target, _ in batch.fused),
             projections=tuple(projections),
@@ -205,11 +193,26 @@ class DFA(nn.Module):
             sum_error=rule.error == "sum",
             dense=len(dense),
         )
-        layers: list[Tensor | None] = []
+        tensors: list[Tensor | None] = [*dense]
         for _, record in batch.fused:
-            layers += [record.saved, record.input, record.weight, record.bias]
-        tensors = dense + layers + [token for _, token in batch.tokens]
-        return group, _without_repeats(tensors) if torch.compiler.is_compiling() else tensors
+            tensors += [record.saved, record.input, record.weight, record.bias]
+        tensors += [token for _, token in batch.tokens]
+        return group, plan.without_repeats(tensors) if torch.compiler.is_compiling() else tensors
+
+    def _dense_matrices(
+        self, targets: list[Target], seed: int, classes: int, widest: int, batch: plan.Batch
+    ) -> list[Tensor]:
+        """One B for all targets or one for each; none where one is too large to be kept."""
+        dtype = accumulation_dtype(batch.dtype)
+        sizes = [(target.stream, target.features) for target in targets]
+        if self.feedback.shared:
+            sizes = [(targets[0].stream, widest)]
+        if not all(feedback_rules.fits_dense(self.feedback, classes, n, dtype) for _, n in sizes):
+            return []
+        matrices: list[Tensor] = []
+        for stream, features in sizes:
+            matrices += self._dense(seed, stream, classes, features, dtype, batch.device)
+        return matrices
 
     # What is settled once, outside the traced graph: a compiled step sees constants, guarded by
     # the arguments.
@@ -250,14 +253,11 @@ class DFA(nn.Module):
 
         `key` is what was read last: as an argument it guards a compiled step.
         """
-        version = (self.seed, self.seed._version)
-        if self._seed_version is None or version[0] is not self._seed_version[0]:
-            stale = True
-        else:
-            stale = version[1] != self._seed_version[1]
-        if stale and not self.seed.is_meta:
+        seen = self._seed_version
+        written = seen is None or seen[0] is not self.seed or seen[1] != self.seed._version
+        if written and not self.seed.is_meta:
             self._key = int(self.seed)
-            self._seed_version = version
+            self._seed_version = (self.seed, self.seed._version)
         return self._key
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -336,90 +336,6 @@ def backprop(model: nn.Module) -> Iterator[None]:
         state.true_gradients = before
 
 
-class Batch(NamedTuple):
-    """Points that one `Broadcast` feeds, newest first."""
-
-    dtype: torch.dtype
-    device: torch.device
-    fused: list[tuple[Target, LayerRecord]]
-    tokens: list[tuple[Target, Tensor]]
-
-
-def _batches(
-    points: list[Point], targets: list[tuple[Target, LayerRecord | Tensor]]
-) -> list[Batch]:
-    """Points by batches, from the output down: fused layers as many as the workspace holds.
-
-    Tokens go with the first batch of their kind: autograd runs all the nodes at the output
-    before what is below, so splitting them would free nothing.
-    """
-    sizes = [x.tensor.numel() * x.tensor.dtype.itemsize for x in points]
-    batches: list[Batch] = []
-    first: dict[tuple[torch.dtype, torch.device], Batch] = {}
-    room = 0
-    for point, (target, goal), size in reversed(list(zip(points, targets, sizes, strict=True))):
-        kind = (point.tensor.dtype, point.tensor.device)
-        fused = isinstance(goal, LayerRecord)
-        if kind not in first or (fused and (size > room or kind != batches[-1][:2])):
-            batches.append(Batch(*kind, [], []))
-            first.setdefault(kind, batches[-1])
-            room = max(WORKSPACE_BYTES, size)
-        if fused:
-            batches[-1].fused.append((target, goal))
-            room -= size
-        else:
-            first[kind].tokens.append((target, goal))
-    return batches
-
-
-def _without_repeats(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """A layer that is called twice brings its weight twice, which Dynamo refuses: alias it."""
-    distinct: list[Tensor | None] = []
-    for x in tensors:
-        repeated = x is not None and any(x is other for other in distinct)
-        distinct.append(x.view_as(x) if repeated else x)
-    return distinct
-
-
-def _target(
-    point: Point, y: Tensor, features: int, scale: float, stream: int
-) -> tuple[Target, LayerRecord | Tensor]:
-    """The product for a point, and what takes it: the layer itself where its gate can be fused."""
-    goal = point.target
-    if isinstance(goal, LayerRecord):
-        if point.tensor.shape[:-1] == y.shape[:-1] and not _watched(goal.output):
-            return Target(*goal.gate, scale, stream, features), goal
-        goal = goal.output
-    return Target(IDENTITY, 0.0, scale, stream, features), goal
-
-
-def _watched(x: Tensor) -> bool:
-    """Whether someone waits for the gradient of x itself, which the fused path never makes."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(x._backward_hooks) or x.retains_grad
-
-
-def _features(point: Point, name: str, y: Tensor) -> int:
-    """n_l of a point: its rows must be those of the error, the rest is features.
-
-    By `index`, as a compiled step with dynamic shapes must still take B's size as a constant.
-    """
-    shape, rows = point.tensor.shape, y.shape[:-1]
-    if point.rows is not None:
-        if prod(shape[: point.rows]) == prod(rows):
-            return index(prod(shape[point.rows :]))
-    elif shape[:-1] == rows:
-        return index(shape[-1])
-    elif y.dim() == 2 and len(shape) > 0 and shape[0] == y.shape[0]:
-        return index(prod(shape[1:]))
-    raise ValueError(
-        f"feedback point {name!r}: expected a tensor whose rows are those of the error, "
-        f"[{', '.join(map(str, rows))}], got shape {tuple(shape)} for an output of shape "
-        f"{tuple(y.shape)}; fastdfa.FeedbackPoint(rows=k) says which dimensions are rows"
-    )
-
-
 def _tap(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of the submodule named by `output`: there the tape of this thread ends."""
     tape = state.tape
@@ -462,15 +378,6 @@ def _check_output(y: Any, tap: str | None) -> None:
             f"{where} must have shape [*rows, C], got a scalar; if it is the loss, "
             "DFA(module, output=name) takes the error at a submodule's output"
         )
-
-
-def _check_unmodified(points: list[Point], names: list[str]) -> None:
-    for point, name in zip(points, names, strict=True):
-        if isinstance(point.target, LayerRecord) and point.target.modified:
-            raise RuntimeError(
-                f"the input or the output of the layer before {name!r} was modified by an in-place "
-                "operation after that layer ran, and its gradient needs both as they were"
-            )
 
 
 def _check_same_features(before: Layout | None, now: Layout) -> None:

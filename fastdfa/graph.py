@@ -108,8 +108,8 @@ def _check_reentrant(regions: _Regions, skipped: nn.Module) -> None:
     nodes = {node for region in regions.reached for node, _ in region}
     if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
         raise RuntimeError(
-            f"{type(skipped).__name__} is inside a reentrant activation checkpoint, where it cannot "
-            "be cut: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            f"{type(skipped).__name__} is inside a reentrant activation checkpoint, where it "
+            "cannot be cut: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         )
 
 

@@ -85,7 +85,7 @@ class Tape:
         self.inputs = inputs  # tensors given to the root that require grad: never points
         self.points: Point | None = None
         self.layers: LayerRecord | None = None
-        self.readers: list[tuple[Tensor, Node]] = []  # a cut tensor, the node of its reader's output
+        self.readers: list[tuple[Tensor, Node]] = []  # a cut tensor, and what a layer made of it
         self.skipped: nn.Module | None = None  # a layer that was called with gradients disabled
         self.tap = tap  # the module at whose output the error is taken, and
         self.tapped: Tensor | None = None  # that output: nothing is cut after it

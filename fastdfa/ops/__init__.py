@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import build
-from ..activations import FIRST_KIND_FROM_INPUT, IDENTITY, KINDS
+from ..activations import FIRST_KIND_FROM_INPUT, KINDS
 from . import reference
 from .reference import accumulation_dtype
 
@@ -200,7 +200,8 @@ def _check_bias(x: Tensor, bias: Tensor) -> None:
 def _check_kinds(kinds: Sequence[int], params: Sequence[float], allowed: Sequence[str]) -> None:
     for kind, param in zip(kinds, params, strict=True):
         if not 0 <= kind < len(allowed):
-            raise ValueError(f"kind must be 0 to {len(allowed) - 1} ({', '.join(allowed)}), got {kind}")
+            names = ", ".join(allowed)
+            raise ValueError(f"kind must be 0 to {len(allowed) - 1} ({names}), got {kind}")
         if kind and param < 0:
             raise ValueError(f"param of {KINDS[kind]} must not be negative, got {param}")
 
@@ -218,7 +219,9 @@ def _check_project_gate(
     layers = len(saved)
     for name, values in (("kinds", kinds), ("params", params), ("scales", scales)):
         if len(values) != layers:
-            raise ValueError(f"{name} must have one entry for each of {layers} saved, got {len(values)}")
+            raise ValueError(
+                f"{name} must have one entry for each of {layers} saved, got {len(values)}"
+            )
     _check_kinds(kinds, params, KINDS)
     for name, values in (("feedback", feedback), ("streams", streams)):
         if values and len(values) not in (1, layers):

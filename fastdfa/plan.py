@@ -1,0 +1,110 @@
+"""From the points of one forward pass to the groups that one backward node feeds each."""
+
+from __future__ import annotations
+
+from math import prod
+from operator import index
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .activations import IDENTITY
+from .broadcast import Target
+from .tape import LayerRecord, Point
+
+# The deltas of one group of layers exist at a time: of one layer, or of as many as fit in this. At
+# its peak backprop holds two gradients of a layer's size, so that much costs no more memory than
+# it does (16x512, batch 8192); and deltas this small are still in the cache for the weight gradients.
+WORKSPACE_BYTES = 4 * 2**20
+
+
+class Batch(NamedTuple):
+    """Points that one `Broadcast` feeds, newest first."""
+
+    dtype: torch.dtype
+    device: torch.device
+    fused: list[tuple[Target, LayerRecord]]
+    tokens: list[tuple[Target, Tensor]]
+
+
+def batches(points: list[Point], targets: list[tuple[Target, LayerRecord | Tensor]]) -> list[Batch]:
+    """Points by batches, from the output down: fused layers as many as the workspace holds.
+
+    Tokens go with the first batch of their kind: autograd runs all the nodes at the output
+    before what is below, so splitting them would free nothing.
+    """
+    sizes = [x.tensor.numel() * x.tensor.dtype.itemsize for x in points]
+    batches: list[Batch] = []
+    first: dict[tuple[torch.dtype, torch.device], Batch] = {}
+    room = 0
+    for point, (target, goal), size in reversed(list(zip(points, targets, sizes, strict=True))):
+        kind = (point.tensor.dtype, point.tensor.device)
+        fused = isinstance(goal, LayerRecord)
+        if kind not in first or (fused and (size > room or kind != batches[-1][:2])):
+            batches.append(Batch(*kind, [], []))
+            first.setdefault(kind, batches[-1])
+            room = max(WORKSPACE_BYTES, size)
+        if fused:
+            batches[-1].fused.append((target, goal))
+            room -= size
+        else:
+            first[kind].tokens.append((target, goal))
+    return batches
+
+
+def features_of(point: Point, name: str, y: Tensor) -> int:
+    """n_l of a point: its rows must be those of the error, the rest is features.
+
+    By `index`, as a compiled step with dynamic shapes must still take B's size as a constant.
+    """
+    shape, rows = point.tensor.shape, y.shape[:-1]
+    if point.rows is not None:
+        if prod(shape[: point.rows]) == prod(rows):
+            return index(prod(shape[point.rows :]))
+    elif shape[:-1] == rows:
+        return index(shape[-1])
+    elif y.dim() == 2 and len(shape) > 0 and shape[0] == y.shape[0]:
+        return index(prod(shape[1:]))
+    raise ValueError(
+        f"feedback point {name!r}: expected a tensor whose rows are those of the error, "
+        f"[{', '.join(map(str, rows))}], got shape {tuple(shape)} for an output of shape "
+        f"{tuple(y.shape)}; fastdfa.FeedbackPoint(rows=k) says which dimensions are rows"
+    )
+
+
+def target_of(
+    point: Point, y: Tensor, features: int, scale: float, stream: int
+) -> tuple[Target, LayerRecord | Tensor]:
+    """The product for a point, and what takes it: the layer itself where its gate can be fused."""
+    goal = point.target
+    if isinstance(goal, LayerRecord):
+        if point.tensor.shape[:-1] == y.shape[:-1] and not _watched(goal.output):
+            return Target(*goal.gate, scale, stream, features), goal
+        goal = goal.output
+    return Target(IDENTITY, 0.0, scale, stream, features), goal
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether someone waits for the gradient of x itself, which the fused path never makes."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(x._backward_hooks) or x.retains_grad
+
+
+def without_repeats(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """A layer that is called twice brings its weight twice, which Dynamo refuses: alias it."""
+    distinct: list[Tensor | None] = []
+    for x in tensors:
+        repeated = x is not None and any(x is other for other in distinct)
+        distinct.append(x.view_as(x) if repeated else x)
+    return distinct
+
+
+def check_unmodified(points: list[Point], names: list[str]) -> None:
+    for point, name in zip(points, names, strict=True):
+        if isinstance(point.target, LayerRecord) and point.target.modified:
+            raise RuntimeError(
+                f"the input or the output of the layer before {name!r} was modified by an in-place "
+                "operation after that layer ran, and its gradient needs both as they were"
+            )

@@ -1,0 +1,123 @@
+"""Small networks and what is read from them, shared by the tests."""
+
+import torch
+from formulas import ACTIVATIONS, Layer, mlp_gradients
+from torch import nn
+
+import fastdfa
+
+RULE = fastdfa.Feedback(seed=1)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def mlp(widths, activation="tanh", bias=True, dtype=torch.float64, **options):
+    """DFA of an MLP. `activation` is one key of ACTIVATIONS, or one for each hidden layer; `bias`
+    one truth value or one for each layer."""
+    depth = len(widths) - 1
+    names = [activation] * (depth - 1) if isinstance(activation, str) else list(activation)
+    biases = [bias] * depth if isinstance(bias, bool) else list(bias)
+    options.setdefault("feedback", RULE)
+    layers = [
+        fastdfa.Linear(n, m, b, dtype=dtype, activation=ACTIVATIONS[name].argument())
+        for n, m, b, name in zip(widths[:-1], widths[1:], biases, [*names, "none"], strict=True)
+    ]
+    model = fastdfa.DFA(nn.Sequential(*layers), **options)
+    model.activations = [*names, "none"]
+    return model
+
+
+def layers_of(model, activation="tanh"):
+    """The layers of `mlp` for the formulas; a copy, so that it stays when the model changes."""
+    linears = [m for m in model.module if isinstance(m, nn.Linear)]
+    names = getattr(model, "activations", [activation] * (len(linears) - 1) + ["none"])
+    return [
+        Layer(m.weight.detach().clone(), None if m.bias is None else m.bias.detach().clone(), name)
+        for m, name in zip(linears, names, strict=True)
+    ]
+
+
+def step(model, x, g):
+    """Forward and backward of the loss (y * g).sum(), whose error is g. Returns y."""
+    y = model(x)
+    (y * g).sum().backward()
+    return y
+
+
+def gradients(model):
+    """{name inside the wrapped module: gradient}, a copy."""
+    module = model.module if isinstance(model, fastdfa.DFA) else model
+    return {
+        name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()
+    }
+
+
+def feedback_of(model):
+    """The scaled B_l of every point of the last forward pass."""
+    return [model.feedback_matrix(name) for name in model.feedback_points]
+
+
+def expected_gradients(model, x, error, feedback=None, reduction="mean"):
+    """What `gradients` must be for a DFA of an MLP, by the formulas of formulas.py. `feedback` are
+    the matrices to use, by default those that the model names for its points."""
+    feedback = feedback_of(model) if feedback is None else feedback
+    pairs = mlp_gradients(layers_of(model), x, error, feedback, reduction)
+    names = [n for n, m in model.module.named_children() if isinstance(m, nn.Linear)]
+    expected = {}
+    for name, (weight, bias) in zip(names, pairs, strict=True):
+        expected[f"{name}.weight"] = weight
+        if bias is not None:
+            expected[f"{name}.bias"] = bias
+    return expected
+
+
+def difference(actual, expected):
+    """Relative distance in the Euclidean norm, in float64."""
+    assert actual is not None, "there is no gradient"
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
+    a, b = actual.detach().double(), expected.detach().double()
+    norm = b.norm().item()
+    distance = (a - b).norm().item()
+    return distance / norm if norm else distance
+
+
+def assert_close(actual, expected, tolerance=1e-10):
+    """Tensors, or dicts of them with the same keys, within a relative norm. None equals None."""
+    if not isinstance(expected, dict):
+        actual, expected = {"tensor": actual}, {"tensor": expected}
+    assert actual.keys() == expected.keys()
+    for name, right in expected.items():
+        if right is None:
+            assert actual[name] is None, f"{name} has a gradient"
+            continue
+        d = difference(actual[name], right)
+        assert d <= tolerance, f"{name}: relative difference {d:.3g}, allowed {tolerance:.3g}"
+
+
+def blockwise_gradients(blocks, x, g, feedback, factor=1.0):
+    """DFA by definition, for any blocks of plain PyTorch: every block is differentiated on its own,
+    and the output of block l but the last receives e B_l. Returns [{name: gradient}] and y."""
+    outputs, h = [], x
+    for block in blocks:
+        h = block(h.detach())
+        outputs.append(h)
+    e = g.reshape(-1, g.shape[-1])
+    for out, B in zip(outputs, [*feedback, None], strict=True):
+        signal = g if B is None else (factor * (e @ B.to(e))).reshape(out.shape)
+        if out.requires_grad:
+            out.backward(signal)
+    return [{n: p.grad for n, p in block.named_parameters()} for block in blocks], h
+
+
+class Apply(nn.Module):
+    """Any function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)

@@ -1,0 +1,335 @@
+"""The main job: its data loaders, its refusals, resuming and Ctrl-C."""
+
+import gzip
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import data  # noqa: E402
+
+for needed in ("rich", "matplotlib", "sklearn"):
+    pytest.importorskip(needed)
+
+import train  # noqa: E402
+
+TINY = [
+    "--width=16",
+    "--depth=2",
+    "--batch=128",
+    "--epochs=4",
+    "--lr=0.01",
+    "--threads=1",
+    "--dropout=0.1",
+]
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+# Data
+
+
+def idx(array):
+    sizes = struct.pack(f">{array.ndim}I", *array.shape)
+    return bytes((0, 0, 8, array.ndim)) + sizes + array.tobytes()
+
+
+def images_and_labels(rows):
+    random = np.random.RandomState(rows)
+    return random.randint(0, 256, (rows, 28, 28), np.uint8), random.randint(0, 10, rows, np.uint8)
+
+
+def write_idx(folder, zipped=False):
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = (*images_and_labels(12), *images_and_labels(5))
+    for stem, array in zip(data.IDX_MD5["mnist"], arrays, strict=True):
+        content = idx(array)
+        name, content = (stem + ".gz", gzip.compress(content)) if zipped else (stem, content)
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("folder", [".", "MNIST/raw"])
+def test_idx_files(tmp_path, zipped, folder):
+    write_idx(tmp_path / folder, zipped)
+    loaded = data.load("mnist", tmp_path, check_md5=False)
+    images, labels = images_and_labels(12)
+    assert loaded.train_x.shape == (12, 784) and loaded.test_x.shape == (5, 784)
+    assert loaded.train_y.tolist() == labels.tolist()
+    standardised = (images - images.mean()) / images.std()
+    assert torch.allclose(loaded.train_x, torch.tensor(standardised).reshape(12, -1).float())
+
+
+def test_checksum_of_idx(tmp_path):
+    write_idx(tmp_path)
+    with pytest.raises(data.DataError, match=r"wrong checksum, MD5 .* where 6bbc9ace"):
+        data.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "not found in"),
+        (b"", "not an idx file"),
+        (b"\0\0\x08\x03\0\0", "truncated in its header"),
+        (b"\0\0\x0d\x03" + bytes(20), "magic 00000d03, expected 00000803"),
+        (idx(images_and_labels(12)[0])[:-1], "truncated or damaged, 9,423 bytes"),
+        (idx(images_and_labels(12)[0]) + b"\0", "truncated or damaged, 9,425 bytes"),
+        (idx(np.zeros((12, 20, 28), np.uint8)), "expected images of 28x28"),
+        (idx(images_and_labels(11)[0]), "one label for each"),
+    ],
+)
+def test_bad_idx(tmp_path, content, message):
+    write_idx(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(data.DataError, match=message) as error:
+        data.load("mnist", tmp_path, check_md5=False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("cut", [10, 200, -4])
+def test_truncated_gzip(tmp_path, cut):
+    write_idx(tmp_path, zipped=True)
+    path = tmp_path / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(data.DataError, match="truncated or damaged"):
+        data.load("mnist", tmp_path, check_md5=False)
+
+
+def cifar_arrays(rows):
+    random = np.random.RandomState(rows)
+    return random.randint(0, 256, (rows, 3072), np.uint8), random.randint(0, 10, rows).tolist()
+
+
+def write_cifar(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, stem in enumerate(data.CIFAR_MD5):
+        images, labels = cifar_arrays(i + 1)
+        batch = {b"data": images, b"labels": labels}
+        (folder / stem).write_bytes(pickle.dumps(batch, protocol=2))
+
+
+def test_cifar_batches_and_npz_agree(tmp_path):
+    write_cifar(tmp_path / "cifar-10-batches-py")
+    parts = [cifar_arrays(i + 1) for i in range(6)]
+    train_x = np.concatenate([x for x, _ in parts[:5]])
+    hwc = [x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for x in (train_x, parts[5][0])]
+    (tmp_path / "npz").mkdir()
+    labels = np.concatenate([y for _, y in parts[:5]]), np.array(parts[5][1])
+    np.savez(
+        tmp_path / "npz" / "cifar10.npz",
+        x_train=hwc[0],
+        y_train=labels[0],
+        x_test=hwc[1],
+        y_test=labels[1],
+    )
+    a = data.load("cifar10", tmp_path, check_md5=False)
+    b = data.load("cifar10", tmp_path / "npz")
+    assert a.train_x.shape == (15, 3072) and a.test_x.shape == (6, 3072)
+    for name in ("train_x", "train_y", "test_x", "test_y"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+def test_bad_cifar(tmp_path):
+    with pytest.raises(data.DataError, match=r"neither .*cifar-10-python.tar.gz"):
+        data.load("cifar10", tmp_path)
+    write_cifar(tmp_path)
+    with pytest.raises(data.DataError, match=r"wrong checksum, MD5 .* where c99cafc1"):
+        data.load("cifar10", tmp_path)
+    path = tmp_path / "data_batch_3"
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(data.DataError, match="data_batch_3: truncated"):
+        data.load("cifar10", tmp_path, check_md5=False)
+    path.write_bytes(pickle.dumps({b"data": os.getcwd}))
+    with pytest.raises(data.DataError, match=r"it asks for posix.getcwd"):
+        data.load("cifar10", tmp_path, check_md5=False)
+
+
+def test_bad_npz(tmp_path):
+    path = tmp_path / "cifar10.npz"
+    images, labels = np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.uint8)
+    np.savez(path, x_train=images, y_train=labels, x_test=images)
+    with pytest.raises(data.DataError, match=r"incomplete .*y_test"):
+        data.load("cifar10", tmp_path)
+    np.savez(path, x_train=images, y_train=labels, x_test=images[:, :31], y_test=labels)
+    with pytest.raises(data.DataError, match=r"expected images \[N, 32, 32, 3\]"):
+        data.load("cifar10", tmp_path)
+    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels + 10)
+    with pytest.raises(data.DataError, match="labels 0 to 9"):
+        data.load("cifar10", tmp_path)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(data.DataError, match="truncated"):
+        data.load("cifar10", tmp_path)
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--no-such-option", "unrecognized arguments: --no-such-option"),
+        ("--dataset imagenet", "invalid choice: 'imagenet'"),
+        ("--width 0", "must be at least 1 and below inf, got 0"),
+        ("--width wide", "invalid int value: 'wide'"),
+        ("--lr 0", "must be above 0"),
+        ("--lr nan", "must be above 0"),
+        ("--dropout 1", "must be at least 0 and below 1"),
+        ("--methods dfa,magic", "'magic' is none of dfa, bp"),
+        ("--device tpu9", "'tpu9' cannot be used"),
+        ("--dataset mnist", "mnist needs --data DIR: download the four idx files from https"),
+        ("--dataset mnist --data nowhere", "no such directory"),
+        ("--width 1000000", "cannot make this network: "),
+        ("--out /dev/null/runs", "Not a directory: '/dev/null/runs"),
+        ("--resume nowhere", "no checkpoint.pt in it"),
+        ("--resume runs --seed 1", "it must stand alone"),
+    ],
+)
+def test_usage_errors(tmp_path, monkeypatch, capfd, line, message):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(line.split()) == 2
+    out, error = capfd.readouterr()
+    assert out == "" and message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_folders(tmp_path, capfd):
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits-2").mkdir()
+    assert train.options(["--out", str(tmp_path)])[1] == tmp_path / "digits-3"
+    assert train.main(["--out", str(tmp_path), "--name", "digits"]) == 2
+    assert "exists: choose another --name" in capfd.readouterr().err
+    assert train.main(["--resume", str(tmp_path / "digits")]) == 2
+    (tmp_path / "digits" / "checkpoint.pt").write_bytes(b"no checkpoint")
+    assert train.main(["--resume", str(tmp_path / "digits")]) == 2
+    assert "not a checkpoint of this program" in capfd.readouterr().err
+
+
+def run(folder, *more):
+    return train.main([*TINY, "--out", str(folder.parent), "--name", folder.name, *more])
+
+
+def weights(folder):
+    learners = torch.load(folder / "checkpoint.pt", weights_only=True)["learners"]
+    return {(m, k): v for m, s in learners.items() for k, v in s["model"].items()}
+
+
+def without_times(folder):
+    history = json.loads((folder / "results.json").read_text())["history"]
+    return [
+        {k: v for k, v in epoch[m].items() if k not in ("step_ms", "train_seconds")}
+        for epoch in history
+        for m in ("dfa", "bp")
+    ]
+
+
+def test_a_run_and_what_it_leaves(tmp_path, capsys):
+    assert run(tmp_path / "a") == 0
+    output = capsys.readouterr().out
+    for words in ("test accuracy", "time a step", "speed against backprop", "layer 2"):
+        assert words in output
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "results.json",
+        "curves.png",
+        "checkpoint.pt",
+    }
+    assert (tmp_path / "a" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert results["status"] == "complete" and len(results["history"]) == 5
+    start, end = results["history"][0], results["history"][-1]
+    assert start["dfa"]["test_loss"] == start["bp"]["test_loss"]  # the same initial weights
+    assert all(end[m]["test_accuracy"] > start[m]["test_accuracy"] + 0.2 for m in ("dfa", "bp"))
+    assert len(end["dfa"]["alignment"]) == 2
+
+
+def test_alignment_against_a_plain_network():
+    config, *_ = train.options([*TINY, "--dropout=0", "--input-dropout=0", "--dtype=float64"])
+    loaded = train.on_device(data.load("digits"), config)
+    dfa, plain = (train.Learner(method, config, loaded) for method in ("dfa", "bp"))
+    x, y = loaded.train_x[: train.PROBE_ROWS], loaded.train_y[: train.PROBE_ROWS]
+    for learner in (dfa, plain):
+        learner.loss(x, y).backward()
+    gradients = [
+        [p.grad.flatten() for p in learner.model.parameters() if p.ndim == 2][:-1]
+        for learner in (dfa, plain)
+    ]
+    cosines = [(a @ b / a.norm() / b.norm()).item() for a, b in zip(*gradients, strict=True)]
+    assert dfa.alignment() == pytest.approx(cosines, abs=1e-9)
+
+
+def test_resume_is_exact(tmp_path, monkeypatch):
+    assert run(tmp_path / "whole") == 0
+    step, calls = train.Learner.step, []
+
+    def interrupted_step(self, x, y):
+        calls.append(self.method)
+        if len(calls) == 53:  # in the third of four epochs, 12 steps of each method in each
+            signal.raise_signal(signal.SIGINT)
+        return step(self, x, y)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Learner, "step", interrupted_step)
+        assert run(tmp_path / "parts") == 130
+    results = json.loads((tmp_path / "parts" / "results.json").read_text())
+    assert results["status"] == "interrupted" and len(results["history"]) == 3
+    assert train.main(["--resume", str(tmp_path / "parts")]) == 0
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
+
+
+def test_divergence_keeps_the_epochs_before(tmp_path, capsys):
+    assert run(tmp_path / "a", "--optimizer", "sgd", "--lr", "1e30", "--activation", "relu") == 1
+    assert "no longer finite" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["status"] == "diverged"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_dtypes_and_single_methods(tmp_path, dtype):
+    assert run(tmp_path / "a", "--dtype", dtype, "--methods", "dfa", "--feedback", "tinydfa") == 0
+    assert run(tmp_path / "b", "--dtype", dtype, "--methods", "bp") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_from_outside(tmp_path):
+    command = [
+        sys.executable,
+        BENCHMARKS / "train.py",
+        *TINY,
+        "--epochs",
+        "100000",
+        "--out",
+        tmp_path,
+    ]
+    path = [str(BENCHMARKS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE)
+    folder, deadline = tmp_path / "digits", time.monotonic() + 120
+    while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert f"to go on: {sys.executable} {BENCHMARKS}/train.py --resume {folder}" in output
+    assert json.loads((folder / "results.json").read_text())["status"] == "interrupted"
+    assert {p.name for p in folder.iterdir()} == {"results.json", "curves.png", "checkpoint.pt"}

@@ -20,7 +20,7 @@ SOURCES := setup.py build_backend.py CMakeLists.txt $(shell find cmake csrc -typ
 KERNELS := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD := CMAKE_ARGS="-DBUILD_TESTING=ON $(CMAKE_ARGS)" $(PY) setup.py --quiet build_ext --inplace
 
-.PHONY: help train test bench lint format wheel clean FORCE
+.PHONY: help train test bench readme lint format wheel clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -39,10 +39,14 @@ bench: $(STAMP).built ## time and memory of a training step, and of each kernel
 	$(PY) benchmarks/step.py $(ARGS)
 	$(PY) benchmarks/kernels.py $(ARGS)
 
-lint: $(STAMP).packages ## ruff and clang-format, at pinned versions
+readme: $(STAMP).packages ## the figures of README.md, from benchmarks/results
+	$(PY) benchmarks/readme.py
+
+lint: $(STAMP).packages ## ruff and clang-format, at pinned versions; the README's figures
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(KERNELS)
+	$(PY) benchmarks/readme.py --check
 
 format: $(STAMP).packages ## put what lint asks for in place
 	$(PY) -m ruff check --fix .

@@ -117,7 +117,7 @@ class Source(NamedTuple):
 
 
 class DenseCache:
-    """The dense matrices of one root, made when first asked for: B is a function, this its cache."""
+    """The dense matrices of one root, made when first asked for: a cache, as B is a function."""
 
     def __init__(self) -> None:
         self._matrices: dict[Source, Tensor] = {}

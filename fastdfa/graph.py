@@ -1,4 +1,4 @@
-"""Checks on the autograd graph of a forward pass: no way round a cut, nothing but the head above."""
+"""Checks on the graph of a forward pass: no way round a cut, nothing but the head above."""
 
 from __future__ import annotations
 

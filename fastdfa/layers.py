@@ -201,6 +201,8 @@ def _saved_tensor_hooks_active() -> bool:
 def _autocast(x: Tensor) -> Tensor:
     """Casts as autocast casts the arguments of `F.linear`."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x
+    if x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(kind))

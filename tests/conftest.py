@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import mlp
 
 torch.set_num_threads(2)
 
@@ -10,3 +11,9 @@ torch.set_num_threads(2)
 def _fixed_seed():
     """Every test draws the same weights, alone or in any order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def model():
+    """A fused MLP in float64."""
+    return mlp([5, 8, 7, 3])

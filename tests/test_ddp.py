@@ -10,9 +10,12 @@ from torch import nn
 
 import fastdfa
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo"
+    ),
+]
 
 ROWS, SEEDS = 8, (11, 22)
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from formulas import DISTRIBUTIONS, SCALES, philox4x32, standard_deviation, unit_feedback
-from networks import assert_close, gradients, mlp, randn, step
+from networks import assert_close, feedback_of, gradients, mlp, randn, step
 from torch import nn
 
 import fastdfa
@@ -245,6 +245,14 @@ def test_generated_and_dense_give_the_same_gradients(distribution, shared, dtype
         step(model, randn(13, 5, dtype=dtype), randn(13, 7, dtype=dtype))
         found.append(gradients(model))
     assert_close(found[1], found[0], tolerance)
+
+
+def test_feedback_matrices_need_no_forward_to_be_read_again(model):
+    step(model, randn(6, 5), randn(6, 3))
+    first = feedback_of(model)
+    second = feedback_of(model)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
 
 
 # Checkpoints ---------------------------------------------------------------------------------

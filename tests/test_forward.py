@@ -131,6 +131,28 @@ def test_hooks_of_an_activation_run():
     assert_close(layer.weight.grad, delta.T @ x)
 
 
+def test_shapes_on_the_meta_device():
+    """As models too large to allocate are inspected."""
+    model = mlp([4, 8, 3]).to("meta")
+    x = randn(6, 4).to("meta")
+    y = model(x)
+    assert y.is_meta and y.shape == (6, 3)
+    y.sum().backward()
+    assert model.module[0].weight.grad.shape == (8, 4)
+
+
+def test_a_model_made_on_the_meta_device_is_filled_by_a_checkpoint():
+    source = mlp([4, 8, 3], feedback=fastdfa.Feedback(seed=3))
+    with torch.device("meta"):
+        model = mlp([4, 8, 3], feedback=fastdfa.Feedback(seed=4))
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(source.state_dict())
+    x = randn(6, 4)
+    for m in (model, source):
+        m(x).square().sum().backward()
+    assert_close(gradients(model), gradients(source), 0)
+
+
 def test_wrapping_keeps_the_module_and_its_checkpoints():
     model = mlp([4, 8, 3])
     plain = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)).double()

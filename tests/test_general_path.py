@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from networks import (
+    RULE,
     Apply,
     assert_close,
     blockwise_gradients,
@@ -21,8 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdfa
-
-RULE = fastdfa.Feedback(seed=1)
 
 
 def between(kind, n):
@@ -101,6 +100,7 @@ def general(model, how):
     return fastdfa.DFA(nn.Sequential(*layers), feedback=RULE)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize(
     "how", ["modules", "identity", "view", "clone", "forward hook", "backward hook"]
 )
@@ -218,6 +218,18 @@ def test_functional_call():
             p.copy_(weights[n])
     expected = expected_gradients(model, x, g)
     assert_close(dict(zip(expected, found, strict=True)), expected)
+
+
+def test_an_embedding_below():
+    """Tokens in, and a table that receives the feedback of its rows."""
+    layers = [nn.Embedding(11, 8), fastdfa.Linear(8, 7, activation="tanh"), fastdfa.Linear(7, 3)]
+    model = fastdfa.DFA(nn.Sequential(*layers).double(), feedback=RULE)
+    tokens, g = torch.arange(12).reshape(4, 3) % 11, randn(4, 3, 3)
+    step(model, tokens, g)
+    assert list(model.feedback_points) == ["1", "2"]
+    feedback = (g @ model.feedback_matrix("1")).reshape(12, 8)
+    expected = torch.zeros(11, 8, dtype=torch.float64).index_add_(0, tokens.reshape(-1), feedback)
+    assert_close(layers[0].weight.grad, expected)
 
 
 # Blocks that are trained by local backprop ---------------------------------------------------

@@ -139,6 +139,7 @@ def test_squared_error():
     assert_close(gradients(model), expected_gradients(model, x, 2 * (y - target) / y.numel()))
 
 
+@pytest.mark.filterwarnings("ignore:the output is a Sigmoid")
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "silu"])
 def test_an_activation_of_the_last_layer_is_differentiated_truly(activation):
     model = mlp([4, 8, 3])

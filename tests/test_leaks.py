@@ -5,12 +5,10 @@ import warnings
 
 import pytest
 import torch
-from networks import Apply, assert_close, expected_gradients, gradients, mlp, randn, step
+from networks import RULE, Apply, assert_close, expected_gradients, gradients, mlp, randn, step
 from torch import nn
 
 import fastdfa
-
-RULE = fastdfa.Feedback(seed=1)
 
 
 def linear(n, m, activation="tanh"):
@@ -76,6 +74,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("network", NETWORKS)
 def test_later_weights_do_not_matter(network):
     """The loss is linear in the output, so its error does not depend on any weight: whatever is

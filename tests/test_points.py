@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from networks import Apply, assert_close, expected_gradients, gradients, mlp, randn, step
+from networks import RULE, Apply, assert_close, expected_gradients, gradients, mlp, randn, step
 from torch import nn
 
 import fastdfa
 
-RULE = fastdfa.Feedback(seed=1)
 REFUSED = (RuntimeError, TypeError, ValueError)
 
 

@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, Step, console, gemm_rate, interleaved, peak_memory, ratios, save, spread
+from common import (
+    RESULTS,
+    Step,
+    console,
+    gemm_rate,
+    interleaved,
+    keep_freed_memory,
+    peak_memory,
+    ratios,
+    save,
+    spread,
+)
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -84,8 +95,10 @@ def fused_network(case: Case) -> fastdfa.DFA:
 def autograd_step(model: nn.Module, forward: nn.Module, x: Tensor, y: Tensor) -> Step:
     """Forward, loss and backward into fresh gradients."""
 
+    parameters = list(model.parameters())
+
     def step() -> None:
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter.grad = None
         F.cross_entropy(forward(x), y).backward()
 
@@ -235,6 +248,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
+    keep_freed_memory()
     rows: list[dict[str, Any]] = []
     seconds = 0.1 if options.quick else 0.3
     rate = gemm_rate()

@@ -138,8 +138,10 @@ class _CheckpointedLinear(torch.autograd.Function):
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling() or not _saved_tensor_hooks_active():
         return F.linear(x, weight, bias)
-    bias = None if bias is None else _autocast(bias)
-    return _CheckpointedLinear.apply(_autocast(x), _autocast(weight), bias)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _CheckpointedLinear.apply(x, weight, bias)
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -153,7 +155,9 @@ def weight_gradient(delta: Tensor, x: Tensor) -> Tensor:
 
 
 def _activated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate) -> Tensor:
-    x, weight = _autocast(x), _autocast(weight)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
     with torch.no_grad():
         h, a = _forward(x, weight, bias, gate)
     if not torch.is_grad_enabled():
@@ -198,11 +202,9 @@ def _saved_tensor_hooks_active() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """Casts as autocast casts the arguments of `F.linear`."""
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast casts the arguments of `F.linear`, where it does."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return x
-    if x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

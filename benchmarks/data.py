@@ -3,8 +3,10 @@
 | name | files looked for under `--data DIR` |
 | --- | --- |
 | digits | none: scikit-learn carries them |
-| mnist, fashion-mnist | the four idx files, raw or .gz, in DIR or in torchvision's DIR/<set>/raw |
+| mnist, fashion-mnist | the four idx files, raw or .gz; also in torchvision's DIR/<set>/raw |
 | cifar10 | cifar-10-batches-py/ (or its six batches in DIR itself), or cifar10.npz |
+
+All are also found one folder down, in DIR/<name>.
 
 The published MD5 sums are those of the uncompressed idx files, so raw and re-compressed files are
 checked alike, and of the CIFAR-10 batches. An .npz has no published sum; it carries CRC-32 sums.
@@ -137,7 +139,7 @@ def _idx_set(name, root, check_md5):
 
 def _idx_file(name, root, stem, md5):
     """One idx file as an array: [N, 28, 28] for images, [N] for labels."""
-    folders = (root, root / TORCHVISION_FOLDER[name])
+    folders = (root, root / TORCHVISION_FOLDER[name], root / name)
     paths = [folder / (stem + suffix) for folder in folders for suffix in ("", ".gz")]
     path = next((p for p in paths if p.is_file()), None)
     if path is None:
@@ -182,11 +184,12 @@ def _parse_idx(path, content, dimensions):
 
 
 def _cifar10(name, root, check_md5):
-    for folder in (root / "cifar-10-batches-py", root):
-        if (folder / "data_batch_1").is_file():
-            return _cifar_batches(folder, check_md5)
-    if (root / "cifar10.npz").is_file():
-        return _cifar_npz(root / "cifar10.npz")
+    for folder in (root, root / name):
+        for batches in (folder / "cifar-10-batches-py", folder):
+            if (batches / "data_batch_1").is_file():
+                return _cifar_batches(batches, check_md5)
+        if (folder / "cifar10.npz").is_file():
+            return _cifar_npz(folder / "cifar10.npz")
     raise _missing(name, "neither cifar-10-batches-py/ nor cifar10.npz", root)
 
 

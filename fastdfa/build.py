@@ -37,6 +37,7 @@ def build_info() -> dict[str, Any]:
 
     Returns a dict:
         fastdfa, torch, python: the running versions.
+        matrix_products: what multiplies float32 matrices on the CPU, "onednn" or "torch".
         kernels: the device types that compiled kernels serve.
         fallback: device type -> why plain PyTorch runs there instead.
         cpu_capability: the instruction set in use ("baseline", "avx2", "avx512").
@@ -48,11 +49,13 @@ def build_info() -> dict[str, Any]:
     that knows it is, `unknown` says why.
     """
     from . import __version__
+    from .gemm import library
 
     info = {
         "fastdfa": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "matrix_products": library(),
         "kernels": sorted(_loaded),
         "fallback": dict(_fallback),
     }

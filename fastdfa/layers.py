@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import activations, ops
 from .activations import Gate
+from .gemm import product
 from .tape import LayerRecord, cut, note_reader, state
 
 
@@ -151,7 +152,7 @@ def as_matrix(x: Tensor) -> Tensor:
 
 def weight_gradient(delta: Tensor, x: Tensor) -> Tensor:
     """dW = delta^T x, [n, k], of delta [M, n] and x [*rows, k]."""
-    return delta.t() @ as_matrix(x)
+    return product(delta.t(), as_matrix(x).t())
 
 
 def _activated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate) -> Tensor:
@@ -174,7 +175,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns h, and the input a of the activation where the gate cannot do with h."""
     if gate.from_output:
-        h = F.linear(x, weight)
+        h = product(x, weight)
         ops.activate_(h, bias, *gate)
         return h, None
     a = F.linear(x, weight, None if bias is None else bias.to(weight.dtype))

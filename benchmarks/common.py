@@ -82,7 +82,7 @@ def ratios(times: dict[str, list[float]], base: str) -> dict[str, Spread]:
 
 
 def peak_memory(step: Step) -> int:
-    """Bytes that the tensors of one call take at their peak, on top of what was there before.
+    """Bytes that the tensors of one call take at their peak, on top of what it leaves as it was.
 
     Counted from the allocator's events, so neither fragmentation nor the interpreter shows.
     """
@@ -94,7 +94,8 @@ def peak_memory(step: Step) -> int:
     used = peak = 0
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
-        used += event.nbytes()
+        # What the step frees first, the gradients of the last, is not there to begin with.
+        used = max(used + event.nbytes(), 0)
         peak = max(peak, used)
     return peak
 

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import activations, ops
 from .activations import Gate
-from .gemm import product
+from .gemm import product, transposed_product
 from .tape import LayerRecord, cut, note_reader, state
 
 
@@ -152,7 +152,7 @@ def as_matrix(x: Tensor) -> Tensor:
 
 def weight_gradient(delta: Tensor, x: Tensor) -> Tensor:
     """dW = delta^T x, [n, k], of delta [M, n] and x [*rows, k]."""
-    return product(delta.t(), as_matrix(x).t())
+    return transposed_product(delta, as_matrix(x))
 
 
 def _activated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate) -> Tensor:

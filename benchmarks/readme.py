@@ -92,7 +92,7 @@ def train() -> str:
                 f"{100 - 100 * bp['test_accuracy']:.2f}%",
                 cosines,
                 times(results["summary"]["speed_against_backprop"]),
-                f"{(dfa['train_seconds'] + bp['train_seconds']) / 60:.1f} min",
+                f"{dfa['train_seconds'] + bp['train_seconds']:.0f} s",
             ]
         )
     head = ["network", "**DFA** test error", "backprop", "cosine by layer", "speed of a step"]

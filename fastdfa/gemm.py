@@ -64,6 +64,9 @@ def _by_onednn(a: Tensor, b: Tensor) -> bool:
         return False
     if a.device.type != "cpu" or a.numel() * b.shape[0] < _FEWEST_MULTIPLICATIONS:
         return False
+    # Operands that do not fit each other: torch.mm says so in words that name the shapes.
+    if a.shape[-1] != b.shape[1] or a.device != b.device:
+        return False
     return library() == "onednn" and torch.backends.mkldnn.enabled
 
 

@@ -14,7 +14,7 @@ from .broadcast import Target
 from .tape import LayerRecord, Point
 
 # The deltas of one group of layers exist at a time: of one layer, or of as many as fit in this. At
-# its peak backprop holds two gradients of a layer's size: a step takes 274 MiB against its 288 at
+# its peak backprop holds two gradients of a layer's size: a step takes 279 MiB against its 288 at
 # 16x512, batch 8192. And deltas this small are still in the cache for the weight gradients.
 WORKSPACE_BYTES = 4 * 2**20
 

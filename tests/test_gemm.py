@@ -59,6 +59,13 @@ def test_flops_of_a_step_are_the_same(library):
     assert counter.get_total_flops() <= 2 * forward + 2 * 8 * 3 * (30 + 30)
 
 
+def test_shapes_that_do_not_fit_are_named(library):
+    with pytest.raises(RuntimeError, match="7x5 and 6x3"):
+        gemm.product(torch.randn(7, 5), torch.randn(3, 6))
+    with pytest.raises(RuntimeError, match="5x7 and 8x6"):
+        gemm.transposed_product(torch.randn(7, 5), torch.randn(8, 6))
+
+
 def test_an_unknown_library_is_refused():
     code = "import fastdfa; fastdfa.build_info()"
     run = subprocess.run(

@@ -122,16 +122,19 @@ def net(*blocks, **options):
     return fastdfa.DFA(nn.Sequential(*blocks).double(), feedback=RULE, **options)
 
 
+class Add(nn.Module):
+    """h + L(h)."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = linear(6, 6)
+
+    def forward(self, h):
+        return h + self.inner(h)
+
+
 def test_a_skip_connection_is_found_and_both_ends_named():
     """h + L(h): the add carries what comes after back past the cut before L."""
-
-    class Add(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = linear(6, 6)
-
-        def forward(self, h):
-            return h + self.inner(h)
 
     model = net(linear(4, 6), Add(), linear(6, 3, None))
     with pytest.raises(RuntimeError) as error:
@@ -227,14 +230,6 @@ def test_a_layer_that_reads_a_function_of_a_cut_tensor_is_found(change, order):
 
 def test_allow_bypass_accepts_it():
     """Then the layer before the skip gets the feedback of both points."""
-
-    class Add(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = linear(6, 6)
-
-        def forward(self, h):
-            return h + self.inner(h)
 
     model = net(linear(4, 6), Add(), linear(6, 3, None), allow_bypass=True)
     x, g = randn(5, 4), randn(5, 3)

@@ -18,12 +18,12 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import data  # noqa: E402
+import data  # noqa: E402  (from the folder put on the path above)
 
 for needed in ("rich", "matplotlib", "sklearn"):
     pytest.importorskip(needed)
 
-import train  # noqa: E402
+import train  # noqa: E402  (needs the packages just looked for)
 
 TINY = [
     "--width=16",

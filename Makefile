@@ -16,11 +16,11 @@ PIP := $(PY) -m pip --disable-pip-version-check install -qq
 
 # One pair of stamps for each environment: its packages, and the extension built for it.
 STAMP := build/stamp$(subst /,-,$(abspath $(VENV)))
-SOURCES := setup.py build_backend.py CMakeLists.txt $(shell find cmake csrc -type f)
-KERNELS := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := setup.py build_backend.py CMakeLists.txt $(shell find cmake csrc -type f -not -name '*.pyc')
+KERNELS := $(shell find cmake csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD := CMAKE_ARGS="-DBUILD_TESTING=ON $(CMAKE_ARGS)" $(PY) setup.py --quiet build_ext --inplace
 
-.PHONY: help train test bench readme lint format wheel clean FORCE
+.PHONY: help train test bench readme lint format registers wheel clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -53,9 +53,22 @@ format: $(STAMP).packages ## put what lint asks for in place
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(KERNELS)
 
-wheel: $(STAMP).packages ## dist/*.whl for this Python and processor
+registers: $(STAMP).built ## what each CUDA kernel uses; an error where a hot one spills registers
+	@$(BUILD)
+	@$(PY) cmake/report.py registers build/cmake
+
+.PHONY: gpu
+gpu: ## on a machine with a CUDA GPU: build, test, sanitize, measure; ARGS="build test"
+	@$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+# One wheel for each Python and each major version of CUDA: the local version tells them apart.
+wheel: $(STAMP).packages ## dist/*.whl for this Python and processor, with CUDA where nvcc is
 	@rm -rf build/lib* build/bdist*
+	@test "$$FASTDFA_CUDA" = 0 || nvcc=$$($(VENV)/bin/cmake -P cmake/nvcc.cmake); \
+	if test "$$nvcc"; then export FASTDFA_CUDA=1 FASTDFA_LOCAL_VERSION=cu$${nvcc%.*}; \
+	else export FASTDFA_LOCAL_VERSION=cpu; fi; \
 	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	@$(PY) cmake/report.py wheel dist
 
 clean: ## everything built; environments and results stay
 	rm -rf build dist *.egg-info fastdfa/*.so

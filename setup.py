@@ -1,7 +1,11 @@
 """Drives the build that CMakeLists.txt defines. Environment variables:
 
 FASTDFA_PURE_PYTHON=1   install without compiling: plain PyTorch runs instead of the kernels
-FASTDFA_CUDA=0          leave the CUDA library out
+FASTDFA_CUDA=1 or 0     build the CUDA library, or leave it out (default: build it where nvcc is
+                        found and the installed PyTorch is a CUDA build)
+CUDACXX, CUDA_HOME      which nvcc (default: the one on the PATH, then /usr/local/cuda)
+TORCH_CUDA_ARCH_LIST    the GPU architectures, such as "8.0 9.0+PTX"
+FASTDFA_LOCAL_VERSION   a local version for wheels: cu13 makes fastdfa-0.1.0+cu13-...
 CXX                     the C++ compiler
 CMAKE_ARGS              further options for CMake, such as -DFASTDFA_WERROR=ON
 MAX_JOBS                how many compilers run at once (default: one for each processor)
@@ -26,6 +30,7 @@ from setuptools.errors import ExecError
 from build_backend import find_torch, pure_python
 
 ROOT = Path(__file__).resolve().parent
+READ_BY_CMAKE = ("CUDACXX", "CUDA_HOME", "CUDAHOSTCXX", "TORCH_CUDA_ARCH_LIST")
 INSTEAD = "or set FASTDFA_PURE_PYTHON=1 to install without compiled kernels"
 CXX20 = "#include <bit>\n#include <concepts>\n#include <span>\nstatic_assert(std::integral<int>);"
 
@@ -40,7 +45,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_CXX_COMPILER={';'.join(compiler())}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DFASTDFA_TORCH={torch()}",
-            f"-DFASTDFA_CUDA={os.environ.get('FASTDFA_CUDA', '1')}",
+            f"-DFASTDFA_CUDA={os.environ.get('FASTDFA_CUDA') or 'auto'}",
             "-DBUILD_TESTING=OFF",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
@@ -51,13 +56,17 @@ class CMakeBuild(build_ext):
 def cmake_build(build: Path, settings: list[str], package: Path) -> None:
     """Configures and compiles in `build`, anew where settings changed; installs to `package`."""
     record = build / "settings.txt"
-    if not record.exists() or record.read_text() != "\n".join(settings):
+    environment = [f"{name}={os.environ.get(name, '')}" for name in READ_BY_CMAKE]
+    wanted = "\n".join(settings + environment)
+    if not record.exists() or record.read_text() != wanted:
         shutil.rmtree(build, ignore_errors=True)
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     cmake, *options = settings
     run(cmake, *options, "-B", build, "--log-level=NOTICE")
-    record.write_text("\n".join(settings))
+    record.write_text(wanted)
     run(cmake, "--build", build, "--parallel", jobs)
+    for library in package.glob("_C_*.so"):  # one that is no longer built must not be loaded
+        library.unlink()
     run(cmake, "--install", build, "--prefix", package)
 
 
@@ -108,4 +117,9 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 if pure_python():
     setup()
 else:
-    setup(ext_modules=[Extension("fastdfa._ext", [])], cmdclass={"build_ext": CMakeBuild})
+    local = os.environ.get("FASTDFA_LOCAL_VERSION")
+    setup(
+        ext_modules=[Extension("fastdfa._ext", [])],
+        cmdclass={"build_ext": CMakeBuild},
+        options={"egg_info": {"tag_build": f"+{local}"}} if local else {},
+    )

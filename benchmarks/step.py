@@ -4,28 +4,36 @@ A step is forward, loss and backward, with fresh gradients on every side; the op
 for all, is left out. The limit is what no DFA step can avoid: the matrix products of the forward
 pass and of the weight gradients, by bare `torch.mm` into fresh outputs.
 
-    python benchmarks/step.py [--quick]
+    python benchmarks/step.py [--quick] [--device cuda]
+
+On CUDA also with the whole step captured in a CUDA graph, which leaves launches out.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from common import (
-    RESULTS,
+    Budget,
     Step,
+    add_arguments,
+    check_device,
     console,
     gemm_rate,
+    gpu_rates,
     interleaved,
     keep_freed_memory,
     peak_memory,
     ratios,
+    result_name,
     save,
     spread,
+    working,
 )
 from rich.table import Table
 from torch import Tensor, nn
@@ -42,10 +50,12 @@ class Case(NamedTuple):
     depth: int
     width: int
     batch: int
+    dtype: str = "float32"
 
     @property
     def name(self) -> str:
-        return f"{self.depth}x{self.width} / {self.batch}"
+        dtype = "" if self.dtype == "float32" else f", {self.dtype}"
+        return f"{self.depth}x{self.width} / {self.batch}{dtype}"
 
     @property
     def widths(self) -> list[int]:
@@ -77,6 +87,29 @@ SWEEP = [
 QUICK = [Case(16, 256, 128), Case(4, 1024, 512)]
 # Its peak memory is a target of its own.
 MEMORY = [Case(16, 512, 8192)]
+# The most important first: a budget of time may end the sweep.
+CUDA_SWEEP = [
+    Case(8, 4096, 4096, "bfloat16"),
+    Case(32, 256, 128),
+    Case(8, 2048, 2048, "bfloat16"),
+    Case(4, 1024, 1024, "bfloat16"),
+    Case(32, 1024, 256, "bfloat16"),
+    Case(8, 4096, 4096),
+]
+CUDA_QUICK = CUDA_SWEEP[:2]
+CUDA_MEMORY = [Case(16, 512, 8192), Case(16, 2048, 16384, "bfloat16")]
+GRAPHED = ["backprop", "backprop compiled", "fastdfa", "fastdfa compiled", "limit"]
+COLOURS = {
+    "backprop compiled": "#9aa5b1",
+    "backprop, graph": "#c9ced6",
+    "backprop compiled, graph": "#e3e6ea",
+    "PyTorch DFA loop": "#e0b050",
+    "limit": "#333333",
+    "fastdfa, torch.mm": "#a8d5e2",
+    "fastdfa compiled": "#63b0c9",
+    "fastdfa": "#1f6f8b",
+    "fastdfa, graph": "#0d3c4c",
+}
 
 
 def network(case: Case, linear: type[nn.Linear]) -> nn.Sequential:
@@ -93,17 +126,50 @@ def fused_network(case: Case) -> fastdfa.DFA:
     return fastdfa.DFA(nn.Sequential(*layers, fastdfa.Linear(inputs, outputs)))
 
 
-def autograd_step(model: nn.Module, forward: nn.Module, x: Tensor, y: Tensor) -> Step:
+class AutogradStep:
     """Forward, loss and backward into fresh gradients."""
 
-    parameters = list(model.parameters())
+    def __init__(self, model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor):
+        self.parameters = list(model.parameters())
+        self.forward, self.x, self.y = forward, x, y
 
-    def step() -> None:
-        for parameter in parameters:
+    def __call__(self) -> None:
+        self.clear()
+        F.cross_entropy(self.forward(self.x), self.y).backward()
+
+    def clear(self) -> None:
+        for parameter in self.parameters:
             parameter.grad = None
-        F.cross_entropy(forward(x), y).backward()
 
-    return step
+
+def graphed(step: Step) -> Step:
+    """The same step captured whole in a CUDA graph, and replayed.
+
+    Captured when first called: a step that cannot be captured must fail as it runs.
+    """
+    graph = torch.cuda.CUDAGraph()
+    captured = False
+
+    def replay() -> None:
+        nonlocal captured
+        if not captured:
+            _warm_up_beside(step)
+            with torch.cuda.graph(graph):
+                step()
+            captured = True
+        graph.replay()
+
+    return replay
+
+
+def _warm_up_beside(step: Step) -> None:
+    """On another stream, as capture asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def by_torch_mm(step: Step) -> Step:
@@ -121,11 +187,12 @@ def by_torch_mm(step: Step) -> Step:
 
 def loop_step(case: Case, x: Tensor, y: Tensor) -> Step:
     """DFA as one writes it by hand in PyTorch, without autograd and with nothing to spare."""
-    layers = [m for m in network(case, nn.Linear) if isinstance(m, nn.Linear)]
+    model = network(case, nn.Linear).to(x)
+    layers = [m for m in model if isinstance(m, nn.Linear)]
     weights = [layer.weight.detach() for layer in layers]
     biases = [layer.bias.detach() for layer in layers]
     scale = (case.width * CLASSES) ** -0.5
-    feedback = torch.randn(CLASSES, case.width) * scale
+    feedback = (torch.randn(CLASSES, case.width) * scale).to(x)
 
     def step() -> list[Tensor]:
         hidden = [x]
@@ -145,9 +212,13 @@ def loop_step(case: Case, x: Tensor, y: Tensor) -> Step:
 
 def limit_step(case: Case, x: Tensor) -> Step:
     """The matrix products of forward and weight gradients, each into a fresh output."""
-    weights = [torch.randn(n, k) for k, n in zip(case.widths[:-1], case.widths[1:], strict=True)]
-    inputs = [x, *[torch.randn(case.batch, n) for n in case.widths[1:-1]]]
-    deltas = [torch.randn(case.batch, n) for n in case.widths[1:]]
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=x.dtype, device=x.device)
+
+    weights = [randn(n, k) for k, n in zip(case.widths[:-1], case.widths[1:], strict=True)]
+    inputs = [x, *[randn(case.batch, n) for n in case.widths[1:-1]]]
+    deltas = [randn(case.batch, n) for n in case.widths[1:]]
 
     def step() -> list[Tensor]:
         forward = [h @ w.t() for h, w in zip(inputs, weights, strict=True)]
@@ -157,66 +228,92 @@ def limit_step(case: Case, x: Tensor) -> Step:
     return step
 
 
-def steps_of(case: Case, compiled: bool = True) -> dict[str, Step]:
+def steps_of(case: Case, compiled: bool = True, device: str = "cpu") -> dict[str, Step]:
     """Every way to make a step of this size, by name."""
     torch.manual_seed(0)
-    x, y = torch.randn(case.batch, INPUTS), torch.randint(CLASSES, (case.batch,))
-    plain, dfa = network(case, nn.Linear), fused_network(case)
-    steps = {
-        "backprop": autograd_step(plain, plain, x, y),
+    dtype = getattr(torch, case.dtype)
+    x = torch.randn(case.batch, INPUTS).to(device, dtype)
+    y = torch.randint(CLASSES, (case.batch,)).to(device)
+    plain, dfa = network(case, nn.Linear).to(x), fused_network(case).to(x)
+    steps: dict[str, Step] = {
+        "backprop": AutogradStep(plain, plain, x, y),
         "PyTorch DFA loop": loop_step(case, x, y),
-        "fastdfa": autograd_step(dfa, dfa, x, y),
-        "fastdfa, torch.mm": by_torch_mm(autograd_step(dfa, dfa, x, y)),
-        "limit": limit_step(case, x),
+        "fastdfa": AutogradStep(dfa, dfa, x, y),
     }
+    if device == "cpu":
+        steps["fastdfa, torch.mm"] = by_torch_mm(AutogradStep(dfa, dfa, x, y))
+    steps["limit"] = limit_step(case, x)
     if compiled:
         torch._dynamo.reset()
-        steps["backprop compiled"] = autograd_step(plain, torch.compile(plain), x, y)
-        steps["fastdfa compiled"] = autograd_step(dfa, torch.compile(dfa), x, y)
+        steps["backprop compiled"] = AutogradStep(plain, torch.compile(plain), x, y)
+        steps["fastdfa compiled"] = AutogradStep(dfa, torch.compile(dfa), x, y)
+    if device != "cpu":
+        steps |= {f"{name}, graph": graphed(steps[name]) for name in GRAPHED if name in steps}
     return steps
 
 
-def measure(case: Case, rounds: int, seconds: float, compiled: bool) -> dict[str, Any]:
+def measure(
+    case: Case, rounds: int, seconds: float, compiled: bool, device: str = "cpu"
+) -> dict[str, Any]:
     """One row: milliseconds, time relative to backprop and to the limit, peak memory."""
-    steps = steps_of(case, compiled)
-    times = interleaved(steps, rounds, seconds)
+    steps, failed = steps_of(case, compiled, device), {}
+    if device != "cpu":
+        steps, failed = working(steps, case.name)
+    times = interleaved(steps, rounds, seconds, device)
     milliseconds = {name: spread([1e3 * t for t in values]) for name, values in times.items()}
+    bases = {"to_backprop": "backprop", "to_limit": "limit", "to_graph": "backprop, graph"}
     return {
         "case": case.name,
         **case._asdict(),
         "milliseconds": {name: value._asdict() for name, value in milliseconds.items()},
-        "to_backprop": {n: v._asdict() for n, v in ratios(times, "backprop").items()},
-        "to_limit": {n: v._asdict() for n, v in ratios(times, "limit").items()},
+        **{
+            key: {n: v._asdict() for n, v in ratios(times, base).items()}
+            for key, base in bases.items()
+            if base in times
+        },
         "limit_gflops": case.limit_flop / milliseconds["limit"].median / 1e6,
-        "peak_mib": _memory(steps),
+        "peak_mib": _memory(steps, device),
+        **({"failed": failed} if device != "cpu" else {}),
     }
 
 
-def measure_memory(case: Case) -> dict[str, Any]:
+def measure_memory(case: Case, device: str = "cpu") -> dict[str, Any]:
     """A row of peak memory alone."""
-    return {"case": case.name, **case._asdict(), "peak_mib": _memory(steps_of(case, False))}
+    peaks = _memory(steps_of(case, False, device), device)
+    return {"case": case.name, **case._asdict(), "peak_mib": peaks}
 
 
-def _memory(steps: dict[str, Step]) -> dict[str, float]:
-    measured = ("backprop", "PyTorch DFA loop", "fastdfa")
-    return {name: round(peak_memory(steps[name]) / 2**20, 2) for name in measured}
+def _memory(steps: dict[str, Step], device: str) -> dict[str, float]:
+    """A replay allocates nothing, so graphs are left out: they hold what their capture took."""
+    measured = ["backprop", "PyTorch DFA loop", "fastdfa"]
+    if device != "cpu":
+        measured += ["backprop compiled", "fastdfa compiled", "limit"]
+    return {
+        name: round(peak_memory(steps[name], device) / 2**20, 2)
+        for name in measured
+        if name in steps
+    }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Times relative to backprop, with the quartiles of fastdfa; the limit; memory."""
     table = Table(title="A training step relative to eager backprop (less is faster)")
-    names = [n for n in rows[0]["to_backprop"] if n != "backprop"]
+    names = [n for n in dict.fromkeys(n for r in rows for n in r["to_backprop"]) if n != "backprop"]
+    by_mm = "fastdfa, torch.mm" if "fastdfa, torch.mm" in names else "fastdfa"
     table.add_column("depth x width / batch", no_wrap=True)
-    columns = ["backprop ms", *names, "limit / fastdfa, torch.mm", "peak MiB, backprop, fastdfa"]
+    columns = ["backprop ms", *names, f"limit / {by_mm}", "peak MiB, backprop, fastdfa"]
     for name in columns:
         table.add_column(name, justify="right")
     for row in rows:
         cells = [row["case"], f"{row['milliseconds']['backprop']['median']:.2f}"]
         for name in names:
-            value = row["to_backprop"][name]
+            value = row["to_backprop"].get(name)
+            if value is None:  # it failed
+                cells.append("-")
+                continue
             quartiles = f" ({value['low']:.2f}-{value['high']:.2f})" if name == "fastdfa" else ""
             cells.append(f"{value['median']:.2f}{quartiles}")
-        cells.append(f"{1 / row['to_limit']['fastdfa, torch.mm']['median']:.2f}")
+        cells.append(f"{1 / row['to_limit'][by_mm]['median']:.2f}")
         cells.append(f"{row['peak_mib']['backprop']:.0f}, {row['peak_mib']['fastdfa']:.0f}")
         table.add_row(*cells)
     console.print(table)
@@ -229,16 +326,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = ["backprop compiled", "PyTorch DFA loop", "limit", "fastdfa, torch.mm"]
-    names += ["fastdfa compiled", "fastdfa"]
-    names = [name for name in names if name in rows[0]["to_backprop"]]
-    colours = ["#9aa5b1", "#e0b050", "#333333", "#a8d5e2", "#63b0c9", "#1f6f8b"]
+    names = [name for name in COLOURS if any(name in row["to_backprop"] for row in rows)]
     figure, axes = plt.subplots(figsize=(10, 0.55 * len(rows) + 1.6))
     height = 0.8 / len(names)
-    for index, (name, colour) in enumerate(zip(names, colours, strict=False)):
-        speed = [1 / row["to_backprop"][name]["median"] for row in rows]
-        where = [line + index * height for line in range(len(rows))]
-        axes.barh(where, speed, height, label=name, color=colour)
+    for index, name in enumerate(names):
+        lines = [line for line, row in enumerate(rows) if name in row["to_backprop"]]
+        speed = [1 / rows[line]["to_backprop"][name]["median"] for line in lines]
+        where = [line + index * height for line in lines]
+        axes.barh(where, speed, height, label=name, color=COLOURS[name])
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks([line + 0.4 - height / 2 for line in range(len(rows))])
     axes.set_yticklabels([row["case"] for row in rows])
@@ -251,33 +346,63 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def show_memory(memory: list[dict[str, Any]]) -> None:
+    for row in memory:
+        peaks = ", ".join(f"{name} {mib:.0f}" for name, mib in row["peak_mib"].items())
+        console.print(f"peak MiB of a step, {row['case']}: {peaks}")
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two sizes, about two minutes")
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (9)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--no-picture", action="store_true", help="write the numbers alone")
+    add_arguments(parser, rounds=9)
     return parser.parse_args()
 
 
-def main() -> None:
-    options = arguments()
+def on_cpu(options: argparse.Namespace) -> None:
     keep_freed_memory()
-    rows: list[dict[str, Any]] = []
     seconds = 0.1 if options.quick else 0.3
     rate = gemm_rate()
+    rows = []
     for case in QUICK if options.quick else SWEEP:
         console.print(f"measuring {case.name} ...", style="dim")
         rows.append(measure(case, options.rounds, seconds, not options.no_compile))
     memory = [measure_memory(case) for case in MEMORY]
+    finish(options, rows, memory, gemm_gflops=rate / 1e9)
+
+
+def on_cuda(options: argparse.Namespace) -> None:
+    """Saves after every case, so that a run that is stopped leaves what it has measured."""
+    rows: list[dict[str, Any]] = []
+    budget, rates = Budget(options.budget), gpu_rates(options.rounds)
+    name = result_name("step", "cuda", options.quick)
+    for case in CUDA_QUICK if options.quick else CUDA_SWEEP:
+        if budget.allows(case.name):
+            console.print(f"measuring {case.name} ...", style="dim")
+            rows.append(measure(case, options.rounds, 0.1, not options.no_compile, "cuda"))
+            save(name, rows, options.out, "cuda", memory=[], rates=rates)
+    memory = [measure_memory(case, "cuda") for case in CUDA_MEMORY if budget.allows(case.name)]
+    finish(options, rows, memory, rates=rates, left_out=budget.left_out)
+
+
+def finish(
+    options: argparse.Namespace, rows: list[dict[str, Any]], memory: list[Any], **facts: Any
+) -> None:
+    """The tables, the file and the picture."""
     show(rows)
-    for row in memory:
-        peaks = ", ".join(f"{name} {mib:.0f}" for name, mib in row["peak_mib"].items())
-        console.print(f"peak MiB of a step, {row['case']}: {peaks}")
-    name = "step-quick" if options.quick else "step"
-    path = save(name, rows, options.out, memory=memory, gemm_gflops=rate / 1e9)
-    draw(rows, options.out / f"{name}.png")
-    console.print(f"written: {path} and the picture beside it")
+    show_memory(memory)
+    name = result_name("step", options.device, options.quick)
+    path = save(name, rows, options.out, options.device, memory=memory, **facts)
+    if not options.no_picture:
+        draw(rows, path.with_suffix(".png"))
+    console.print(f"written: {path}")
+
+
+def main() -> None:
+    options = arguments()
+    check_device(options.device)
+    on_cpu(options) if options.device == "cpu" else on_cuda(options)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ enum class Activation : int {
 constexpr int activation_count = 10;
 
 constexpr bool derivative_from_output(Activation kind) { return kind < Activation::gelu; }
+// Made of a few multiplications and comparisons.
+constexpr bool derivative_is_cheap(Activation kind) { return kind < Activation::softplus; }
 
 template <Activation kind> struct Kind {
   static constexpr Activation value = kind;

@@ -10,9 +10,10 @@ struct FillFeedbackParams {
   int64_t classes, columns;
   DType dtype;
   FeedbackKey key;
+  int64_t first_column;  // of B, with which `out` begins: a multiple of 4
 };
 
-// A task is one row of one segment of columns.
+// On the CPU, a task is one row of one segment of columns.
 constexpr int64_t fill_segment = 4096;
 
 FASTDFA_INLINE int64_t fill_tasks(const FillFeedbackParams& p) {

@@ -16,8 +16,8 @@ struct GateParams {
   double param;
 };
 
-// Tasks are blocks of columns x chunks of rows, from the shapes alone: the bias gradient is the
-// same on any number of threads. 64 rows: partial sums are 1/64 of the traffic.
+// On the CPU, tasks are blocks of columns x chunks of rows, from the shapes alone: the bias
+// gradient is the same on any number of threads. 64 rows: partial sums are 1/64 of the traffic.
 constexpr int64_t gate_chunk_rows = 64, gate_block_columns = 1024;
 
 FASTDFA_INLINE int64_t gate_chunks(const GateParams& p) {
@@ -27,7 +27,7 @@ FASTDFA_INLINE int64_t gate_tasks(const GateParams& p) {
   return gate_chunks(p) * ceil_div(p.columns, gate_block_columns);
 }
 
-// Second stage of a bias gradient: sum[j] = partial[0, j] + partial[1, j] + ...
+// Second stage of a bias gradient: the sum of partial[0, j], partial[1, j], ..., in a fixed order.
 struct SumChunksParams {
   const void* partial;  // [chunks, columns]
   void* sum;            // [columns]

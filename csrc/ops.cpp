@@ -1,5 +1,5 @@
-// Every op's schema on one page. Implementations: cpu/ops_cpu.cpp; twins in plain PyTorch:
-// fastdfa/ops/reference.py, which is the specification.
+// Every op's schema on one page. Implementations: cpu/ops_cpu.cpp and cuda/ops_cuda.cpp; twins in
+// plain PyTorch: fastdfa/ops/reference.py, which is the specification.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastdfa, m) {
@@ -7,12 +7,14 @@ STABLE_TORCH_LIBRARY(fastdfa, m) {
   m.def("fill_feedback_(Tensor(a!) out, int seed, int stream, int distribution) -> ()");
 
   // error [M, C]; feedback: one [C, >= max n_l] for all layers, or one for each, or none (then it
-  // is generated: streams, one for all or one for each); saved: L x [M, n_l].
+  // is generated: streams, one for all or one for each), in the accumulation dtype or in saved's;
+  // saved: L x [M, n_l]. allow_tf32: the product of float32 may use it.
   // -> L x delta [M, n_l] = scales[l] * (sum_error ? M : 1) * (error @ B_l) * f'_l(saved_l),
   //    then L x bias gradient [n_l] = sum of the rows of delta, in the accumulation dtype.
   m.def(
       "project_gate(Tensor error, Tensor[] feedback, int seed, int[] streams, int distribution, "
-      "Tensor[] saved, int[] kinds, float[] params, float[] scales, bool sum_error) -> Tensor[]");
+      "Tensor[] saved, int[] kinds, float[] params, float[] scales, bool sum_error, "
+      "bool allow_tf32) -> Tensor[]");
 
   // grad, saved [M, n] -> (delta [M, n] = grad * f'(saved), bias gradient [n]).
   m.def("gate(Tensor grad, Tensor saved, int kind, float param) -> (Tensor, Tensor)");

@@ -6,7 +6,7 @@
 namespace fastdfa {
 
 struct ProjectGateLayer {
-  const void* feedback;  // [classes, >= columns], accumulation type, unit column stride; null: made
+  const void* feedback;  // [classes, >= columns], unit column stride; null: generated
   const void* saved;     // [rows, columns], unit column stride; not read for identity
   void* delta;           // [rows, columns], contiguous
   void* bias_partial;    // [chunks, columns], accumulation type: column sums of each chunk of rows
@@ -18,13 +18,15 @@ struct ProjectGateLayer {
 };
 
 struct ProjectGateParams {
-  const void* error;  // [rows, classes], accumulation type, any strides
+  const void* error;  // [rows, classes], any strides
   int64_t error_row, error_column;
   int64_t rows, classes;
   const ProjectGateLayer* layers;  // [layer_count]
   int64_t layer_count;
   bool shared;  // all layers read the feedback of layer 0: one product serves them all
   DType dtype;  // of saved and delta
+  DType error_dtype, feedback_dtype;  // on the CPU: the accumulation type
+  bool allow_tf32;                    // CUDA: float32 products may be made of tf32 operands
   uint64_t seed;
   Distribution distribution;
 };

@@ -33,6 +33,14 @@ FASTDFA_INLINE float normal_cdf(float x) { return 0.5f * ::erfcf(x * -0.70710678
 FASTDFA_INLINE double normal_cdf(double x) { return 0.5 * ::erfc(x * -0.70710678118654752); }
 
 // Sine and cosine of 2 pi x.
+#ifdef __CUDA_ARCH__
+FASTDFA_INLINE void sincos_2pi(float x, float& sine, float& cosine) {
+  ::sincospif(2 * x, &sine, &cosine);
+}
+FASTDFA_INLINE void sincos_2pi(double x, double& sine, double& cosine) {
+  ::sincospi(2 * x, &sine, &cosine);
+}
+#else
 FASTDFA_INLINE void sincos_2pi(float x, float& sine, float& cosine) {
   sine = ::sinf(6.28318531f * x);
   cosine = ::cosf(6.28318531f * x);
@@ -41,5 +49,6 @@ FASTDFA_INLINE void sincos_2pi(double x, double& sine, double& cosine) {
   sine = ::sin(6.2831853071795865 * x);
   cosine = ::cos(6.2831853071795865 * x);
 }
+#endif
 
 }  // namespace fastdfa

@@ -37,6 +37,7 @@ class Group(NamedTuple):
     distribution: str
     shared: bool
     sum_error: bool
+    allow_tf32: bool
     dense: int  # how many dense matrices come with it: one if shared, one a target, or none
 
     @property
@@ -110,5 +111,6 @@ def _products(
         seed=group.seed,
         streams=group.streams,
         distribution=group.distribution,
+        allow_tf32=group.allow_tf32,
     )
     return list(products), bias_grads

@@ -44,7 +44,8 @@ def build_info() -> dict[str, Any]:
         cpu_capabilities: each one compiled in -> its compiler flags.
         compiler, build_type, flags: of the C++ library.
         torch_target, torch_built_against: the oldest PyTorch it loads on; whose headers it used.
-        cuda, cuda_architectures: of the CUDA library, None where it was not built.
+        cuda, cuda_architectures: version of nvcc and what the CUDA library is compiled for, None
+            where it was not built; `cuda_skipped` says why.
     Everything from `cpu_capability` on is absent where the extension is; where only the module
     that knows it is, `unknown` says why.
     """
@@ -78,7 +79,7 @@ def _library(device_type: str) -> Path:
 def _load(device_type: str, reason: str | None) -> None:
     library = _library(device_type)
     if reason is None and not library.exists():
-        reason = f"built without {device_type.upper()} kernels"
+        reason = f"built without CUDA kernels: {_facts().get('cuda_skipped')}"
     if reason is None:
         try:
             torch.ops.load_library(library)

@@ -48,6 +48,10 @@ class DFA(nn.Module):
         allow_bypass: accept paths that carry feedback past a cut, such as `h + layer(h)`.
 
     Buffers: `seed`, int64: the one source of randomness of B. It is in the checkpoint, B is not.
+        The host reads it only after it was written. DistributedDataParallel writes it in every
+        forward pass, and on a GPU each such read waits for the work before it. To avoid that, give
+        `Feedback` a seed and DDP `broadcast_buffers=False`, which then leaves out the broadcast at
+        construction too; or `forward_sync_buffers=False` (PyTorch 2.13), which does not.
 
     Raises:
         TypeError, ValueError: for arguments that are not so, or a `DFA` inside `module`.
@@ -191,6 +195,7 @@ class DFA(nn.Module):
             distribution=rule.distribution,
             shared=rule.shared,
             sum_error=rule.error == "sum",
+            allow_tf32=ops.allow_tf32(batch.device, batch.dtype),
             dense=len(dense),
         )
         tensors: list[Tensor | None] = [*dense]
@@ -203,7 +208,7 @@ class DFA(nn.Module):
         self, targets: list[Target], seed: int, classes: int, widest: int, batch: plan.Batch
     ) -> list[Tensor]:
         """One B for all targets or one for each; none where one is too large to be kept."""
-        dtype = accumulation_dtype(batch.dtype)
+        dtype = ops.feedback_dtype(batch.device, batch.dtype, classes)
         sizes = [(target.stream, target.features) for target in targets]
         if self.feedback.shared:
             sizes = [(targets[0].stream, widest)]

@@ -65,7 +65,7 @@ class Token(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return x.new_zeros(()).expand(x.shape)
+        return x.new_empty(()).expand(x.shape)
 
     @staticmethod
     @once_differentiable

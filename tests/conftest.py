@@ -7,6 +7,12 @@ from networks import mlp
 torch.set_num_threads(2)
 
 
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "sanitize: the short selection that compute-sanitizer runs on a GPU"
+    )
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     """Every test draws the same weights, alone or in any order."""

@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import fastdfa
 from fastdfa import build
@@ -65,9 +67,49 @@ def test_library_uses_the_stable_abi_alone(library):
     assert not [name for name in unversioned if not re.match(r"(aoti_)?torch_", name)]
 
 
+def test_library_names_no_path_of_this_machine(library):
+    content = library.read_bytes()
+    for folder in (ROOT, Path(torch.__file__).parent):
+        assert str(folder).encode() not in content
+
+
 def test_library_exports_nothing(library):
     exported = inspect("nm", "--dynamic", "--defined-only", "--demangle", library)
     assert "fastdfa" not in exported
+
+
+@pytest.fixture
+def report(monkeypatch):
+    """cmake/report.py, which reads back what was built."""
+    monkeypatch.syspath_prepend(ROOT / "cmake")
+    return pytest.importorskip("report", reason="fastdfa is not imported from its checkout")
+
+
+def test_cuda_library_has_the_architectures_asked_for(ext, report):
+    asked = ext.build_facts()["cuda_architectures"]
+    if asked is None:
+        pytest.skip(f"no CUDA library: {ext.build_facts()['cuda_skipped']}")
+    assert report.architectures(PACKAGE / "_C_cuda.so") == asked.split()
+
+
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN7fastdfa4cuda1kIfEEvPT_' for 'sm_90a'
+ptxas info    : Function properties for _ZN7fastdfa4cuda1kIfEEvPT_
+    80 bytes stack frame, {stores} bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 80 bytes cumulative stack size, 1024 bytes smem
+"""
+
+
+@pytest.mark.parametrize(("source", "fails"), [("gate", True), ("fill_feedback", False)])
+def test_a_hot_kernel_that_spills_is_an_error(report, tmp_path, capsys, source, fails):
+    folder = tmp_path / "CMakeFiles" / "_C_cuda.dir" / "csrc"
+    folder.mkdir(parents=True)
+    (folder / f"{source}.cu.o.ptxas").write_text(PTXAS.format(stores=8))
+    (kernel,) = report.kernels(tmp_path)
+    assert kernel[2:] == ("90a", 40, 1024, 80, 12)
+    assert report.print_registers(tmp_path) != fails
+    assert ("spills 12 bytes for sm_90a" in capsys.readouterr().out) == fails
 
 
 def test_kernels_for_one_processor_share_no_symbol_with_others():
@@ -199,6 +241,69 @@ def test_missing_torch_is_one_sentence(checkout):
     assert result.returncode == 1
     assert re.search(r"error: fastdfa: no PyTorch 2\.10 or later found", result.stderr)
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """Runs CMake with a pretended nvcc: its exit status and messages."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    cmake, ninja = (shutil.which(name, path=path) for name in ("cmake", "ninja"))
+    if not (cmake and ninja and (ROOT / "CMakeLists.txt").exists()):
+        pytest.skip("needs cmake, ninja and a checkout")
+    nvcc = tmp_path / "nvcc"
+
+    def run(cuda: str, release: str = "12.1", **environment: str) -> tuple[int, str]:
+        nvcc.write_text(f"#!/bin/sh\necho release {release}\necho compute_80\necho compute_90\n")
+        nvcc.chmod(0o755)
+        command = [cmake, "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja"]
+        command += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
+        command += [f"-DFASTDFA_CUDA={cuda}", "-DBUILD_TESTING=OFF", "--log-level=NOTICE"]
+        environment = {"CUDACXX": str(nvcc), "TORCH_CUDA_ARCH_LIST": "", **environment}
+        result = subprocess.run(
+            command, env=os.environ | environment, text=True, capture_output=True
+        )
+        return result.returncode, " ".join(result.stderr.split())
+
+    return run
+
+
+NO_NVCC = {"CUDACXX": "/nonexistent/nvcc"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (NO_NVCC, "FASTDFA_CUDA is 1, but no nvcc found"),
+        ({"release": "12.0"}, "FASTDFA_CUDA is 1, but CUDA 12.1 or later is needed"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0 Hopper"}, 'or semicolons; got "Hopper"'),
+        ({"TORCH_CUDA_ARCH_LIST": "9.0;8"}, 'got "8"'),
+        ({"TORCH_CUDA_ARCH_LIST": "7.5"}, 'from 8.0 on that nvcc 12.1 knows; got "7.5"'),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0 10.0a+PTX"}, 'knows; got "10.0a+PTX"'),
+    ],
+)
+def test_what_cuda_cannot_be_built_with_is_named(configure, settings, sentence):
+    status, messages = configure("1", **settings)
+    assert status != 0
+    assert sentence in messages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cuda", "settings", "reason"),
+    [
+        ("auto", NO_NVCC, "no nvcc found"),
+        ("auto", {"release": "11.8"}, "CUDA 12.1 or later is needed"),
+        ("auto", {}, "this PyTorch is built without CUDA"),
+        ("0", {}, "FASTDFA_CUDA is 0"),
+    ],
+)
+def test_why_cuda_is_left_out_is_said(configure, cuda, settings, reason):
+    if "PyTorch" in reason and torch.version.cuda:
+        pytest.skip("this PyTorch has CUDA")
+    status, messages = configure(cuda, **settings)
+    assert status == 0, messages
+    assert f"no CUDA kernels: {reason}" in messages
 
 
 @pytest.mark.slow

@@ -292,6 +292,32 @@ def test_another_seed_is_seen():
     assert not torch.allclose(before, gradients(model)["0.weight"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_what_a_cuda_device_is_given(backend, monkeypatch):
+    """Dense matrices with padded rows in the layers' 16 bits, and tf32 allowed: here on the CPU."""
+    whole = fastdfa.ops.feedback
+
+    def padded(rows, columns, **options):
+        return whole(rows, columns + 16, **options)[:, :columns]
+
+    monkeypatch.setattr(fastdfa.ops, "feedback", padded)
+    monkeypatch.setattr(fastdfa.ops, "feedback_dtype", lambda device, dtype, classes: dtype)
+    monkeypatch.setattr(fastdfa.ops, "allow_tf32", lambda device, dtype: True)
+    for shared in (True, False):
+        rule = fastdfa.Feedback(seed=1, shared=shared)
+        model = mlp([5, 8, 7, 40], dtype=torch.bfloat16, feedback=rule)
+        x, g = randn(6, 5, dtype=torch.bfloat16), randn(6, 40, dtype=torch.bfloat16)
+        step(model, x, g)
+        expected = gradients(model)
+        model.zero_grad()
+        step(torch.compile(model, fullgraph=True, backend=backend), x, g)
+        assert_close(gradients(model), expected, 2e-2)
+        matrices = list(model._cache._matrices.values())
+        assert [B.dtype for B in matrices] == [torch.bfloat16] * len(matrices)
+        assert all(B.stride(0) == B.shape[1] + 16 for B in matrices)
+
+
 def test_backprop_of_a_compiled_model():
     eager, model = twins("fused")
     run = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -242,6 +242,26 @@ def test_project_gate_of_an_error_of_another_dtype(dtype, error_dtype):
     case.check()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_project_gate_of_a_matrix_in_the_dtype_of_the_layers(dtype, shared):
+    """Only B is rounded to it: the product is accumulated in float32."""
+    case = Case(19, 100, [33, 8], ["tanh", "gelu"], dtype, shared=shared)
+    case.matrices = [B.to(dtype) for B in case.matrices]
+    case.check()
+    found = reference.project_gate(*case.arguments(), False)
+    for delta, right in zip(found[:2], case.expected()[0], strict=True):
+        assert_close(delta, right, DTYPES[dtype])
+
+
+def test_project_gate_ignores_tf32_on_the_cpu():
+    case = Case(19, 100, [33, 8], ["tanh", "gelu"], torch.float32)
+    exact = fastdfa.ops.project_gate(*case.arguments(), **case.keywords())
+    found = fastdfa.ops.project_gate(*case.arguments(), **case.keywords(), allow_tf32=True)
+    for a, b in zip((*found[0], *found[1]), (*exact[0], *exact[1]), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_project_gate_scales_in_the_accumulator():
     """2^-14 e, 2^-14 scale, 2^12 rows: e B scale is flushed by fp16, their sum is not."""
     error = torch.full((4096, 1), 2.0**-14, dtype=torch.float16)
@@ -456,6 +476,47 @@ def test_the_extremes_of_a_normal_are_finite():
     assert B.isfinite().all() and 4.5 < B.abs().max() <= math.sqrt(48 * math.log(2)) + 1e-5
 
 
+# The choices for a device ---------------------------------------------------------------------
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("device, dtype, classes, expected", [
+    (CPU, torch.bfloat16, 1000, torch.float32),
+    (CPU, torch.float64, 1000, torch.float64),
+    (CUDA, torch.bfloat16, 31, torch.float32),
+    (CUDA, torch.bfloat16, 32, torch.bfloat16),
+    (CUDA, torch.float16, 1000, torch.float16),
+    (CUDA, torch.float32, 1000, torch.float32),
+    (CUDA, torch.float64, 1000, torch.float64),
+])  # fmt: skip
+def test_the_dtype_of_a_dense_matrix(device, dtype, classes, expected):
+    assert fastdfa.ops.feedback_dtype(device, dtype, classes) == expected
+
+
+@pytest.fixture
+def tf32():
+    """Sets whether torch allows tf32; puts back what was set."""
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    yield lambda allowed: setattr(setting, "fp32_precision", "tf32" if allowed else "ieee")
+    setting.fp32_precision = before
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tf32_is_allowed_where_torch_allows_it(tf32, compiled):
+    def answers(x):
+        dtypes = (torch.float32, torch.bfloat16, torch.float64)
+        return x + 1, [fastdfa.ops.allow_tf32(d, t) for d in (CUDA, CPU) for t in dtypes]
+
+    if compiled:
+        torch._dynamo.reset()
+        answers = torch.compile(answers, fullgraph=True, backend="eager")
+    for allowed in (False, True, False):
+        tf32(allowed)
+        assert answers(torch.zeros(2))[1] == [allowed, False, False, False, False, False]
+
+
 # Registration --------------------------------------------------------------------------------
 
 
@@ -466,7 +527,7 @@ def samples():
         case = Case(7, 3, [5, 9], ["tanh", "gelu"], torch.float32, dense=dense, shared=shared)
         error, feedback, saved, kinds, params, scales = case.arguments()
         yield ops.project_gate, (
-            error, feedback, case.seed, case.streams, 0, saved, kinds, params, scales, True
+            error, feedback, case.seed, case.streams, 0, saved, kinds, params, scales, True, False
         )  # fmt: skip
     yield ops.gate, (randn(7, 5).float(), randn(7, 5).float(), 3, 0.0)
     yield ops.gate, (randn(7, 5).bfloat16(), randn(7, 5).bfloat16(), 7, 0.0)
@@ -516,6 +577,14 @@ def project_gate(**changes):
     (dict(feedback=[randn(3, 8), randn(3, 4)]), ["feedback[1]", "5", "(3, 4)"]),
     (dict(feedback=[randn(3, 8)] * 3), ["feedback", "3"]),
     (dict(feedback=[randn(3, 8).float()]), ["feedback[0]", "float64", "float32"]),
+    (
+        dict(feedback=[randn(3, 8).half()], saved=[randn(6, 8).bfloat16(), randn(6, 5).bfloat16()]),
+        ["feedback[0]", "float32 or torch.bfloat16", "float16"],
+    ),
+    (
+        dict(feedback=[randn(3, 8).float(), randn(3, 8).half()], saved=[randn(6, 8).half()] * 2),
+        ["feedback[1]", "float32", "float16"],
+    ),
     (dict(feedback=[randn(3, 8).to("meta")]), ["feedback[0]", "meta"]),
     (dict(feedback=[], streams=[0, 1, 2]), ["streams", "3"]),
     (dict(feedback=[], streams=[]), ["streams"]),
@@ -582,7 +651,7 @@ def test_fill_feedback_refuses_before_it_writes(out, distribution, words):
 
 
 @needs_extension
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(7))
 def test_the_library_itself_checks(index):
     """Whoever calls torch.ops.fastdfa gets an error too, not a wrong read."""
     ops = torch.ops.fastdfa
@@ -593,9 +662,17 @@ def test_the_library_itself_checks(index):
         lambda: ops.activate_(x, None, 7, 0.0),
         lambda: ops.fill_feedback_(torch.zeros(5, 8)[:, ::2], 1, 0, 0),
         lambda: ops.project_gate(
-            randn(6, 3), [randn(2, 8)], 0, [0], 0, [randn(6, 8)], [3], [0.0], [1.0], False
+            randn(6, 3), [randn(2, 8)], 0, [0], 0, [randn(6, 8)], [3], [0.0], [1.0], False, False
         ),
-    ]
+        lambda: ops.project_gate(
+            randn(6, 3), [randn(3, 8), randn(3, 8).float()], 0, [0], 0,
+            [randn(6, 8).float()] * 2, [3, 3], [0.0] * 2, [1.0] * 2, False, False,
+        ),
+        lambda: ops.project_gate(
+            randn(6, 3), [randn(3, 8).bfloat16()], 0, [0], 0, [randn(6, 8).half()], [3], [0.0],
+            [1.0], False, False,
+        ),
+    ]  # fmt: skip
     with pytest.raises(REFUSED):
         calls[index]()
     assert not x.any()

@@ -30,8 +30,8 @@ void fill_feedback(const FillFeedbackParams& p, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / segments, column = task % segments * fill_segment;
       const int64_t count = min(fill_segment, p.columns - column);
-      fill_segment_of_row(static_cast<T*>(p.out) + row * p.out_row + column, p.key, row, column,
-                          count);
+      fill_segment_of_row(static_cast<T*>(p.out) + row * p.out_row + column, p.key, row,
+                          p.first_column + column, count);
     }
   });
 }

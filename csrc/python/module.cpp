@@ -40,6 +40,7 @@ py::dict build_facts() {
   facts["cpu_capabilities"] = capabilities;
   facts["cuda"] = text_or_none(FASTDFA_CUDA_VERSION);
   facts["cuda_architectures"] = text_or_none(FASTDFA_CUDA_ARCHITECTURES);
+  facts["cuda_skipped"] = text_or_none(FASTDFA_CUDA_SKIPPED);
   return facts;
 }
 

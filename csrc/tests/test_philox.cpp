@@ -48,17 +48,18 @@ static double feedback(const FeedbackKey& key, int64_t row, int64_t column) {
 }
 
 template <class T>
-static void fill(const CpuKernels& kernels, const char* capability, DType dtype, double tolerance) {
+static void fill(const CpuKernels& kernels, const char* capability, DType dtype, double tolerance,
+                 int64_t first_column) {
   constexpr int64_t rows = 3, columns = fill_segment + 37, stride = columns + 2;
   for (int d = 0; d < distribution_count; ++d) {
     const FeedbackKey key{0xfedcba9876543210u, 0xfffffff0u, static_cast<Distribution>(d)};
     std::vector<T> out(rows * stride, T(7));
-    const FillFeedbackParams p{out.data(), stride, rows, columns, dtype, key};
+    const FillFeedbackParams p{out.data(), stride, rows, columns, dtype, key, first_column};
     kernels.fill_feedback(p, 0, fill_tasks(p));
     double sum = 0, squares = 0;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < columns; ++j) {
-        const double got = out[r * stride + j], want = feedback(key, r, j);
+        const double got = out[r * stride + j], want = feedback(key, r, first_column + j);
         CHECK(std::abs(got - want) <= tolerance, "%s: distribution %d [%d, %d] is %.9g, not %.9g",
               capability, d, int(r), int(j), got, want);
         sum += got, squares += got * got;
@@ -75,7 +76,9 @@ static void fill(const CpuKernels& kernels, const char* capability, DType dtype,
 int main() {
   known_answers();
   for_each_capability([](const CpuKernels& kernels, const char* name) {
-    fill<float>(kernels, name, DType::float32, 1e-6);
-    fill<double>(kernels, name, DType::float64, 1e-14);
+    for (int64_t first_column : {0, 1020}) {
+      fill<float>(kernels, name, DType::float32, 1e-6, first_column);
+      fill<double>(kernels, name, DType::float64, 1e-14, first_column);
+    }
   });
 }

@@ -53,8 +53,8 @@ static void run(const CpuKernels& kernels, const char* capability, DType dtype, 
     layers[l].columns = n;
     layers[l].stream = c.shared ? 5 : 5 + l;
     b[l].resize(c.classes * ld);
-    const FillFeedbackParams fill{b[l].data(), ld,    c.classes,
-                                  widest,      dtype, {p.seed, layers[l].stream, p.distribution}};
+    const FillFeedbackParams fill{
+        b[l].data(), ld, c.classes, widest, dtype, {p.seed, layers[l].stream, p.distribution}, 0};
     kernels.fill_feedback(fill, 0, fill_tasks(fill));
     layers[l].feedback = c.generated ? nullptr : b[l].data();
     layers[l].feedback_row = ld;

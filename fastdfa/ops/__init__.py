@@ -15,10 +15,23 @@ from ..activations import FIRST_KIND_FROM_INPUT, KINDS
 from . import reference
 from .reference import accumulation_dtype
 
-__all__ = ["activate_", "feedback", "fill_feedback_", "gate", "project_gate", "reference"]
+__all__ = [
+    "activate_",
+    "allow_tf32",
+    "feedback",
+    "feedback_dtype",
+    "fill_feedback_",
+    "gate",
+    "project_gate",
+    "reference",
+]
 
 DISTRIBUTIONS = ("normal", "uniform", "rademacher")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# From this many classes on the CUDA kernels use tensor cores (csrc/cuda/project_gate.h). These read
+# B 16 bytes at a time: its rows are padded to a multiple of that, of 16 elements in any dtype.
+_TENSOR_CORE_CLASSES = 32
+_CUDA_ROW_ELEMENTS = 16
 
 
 def fill_feedback_(out: Tensor, seed: int, stream: int = 0, distribution: str = "normal") -> None:
@@ -50,10 +63,37 @@ def feedback(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The unscaled feedback matrix [rows, columns]; see `fill_feedback_`."""
-    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    """The unscaled feedback matrix [rows, columns]; see `fill_feedback_`.
+
+    On a CUDA device it is the first columns of a wider one, so that every row is aligned.
+    """
+    device = torch.device(device)
+    pad = -columns % _CUDA_ROW_ELEMENTS if device.type == "cuda" else 0
+    out = torch.empty(rows, columns + pad, dtype=dtype, device=device)
     fill_feedback_(out, seed, stream, distribution)
-    return out
+    return out[:, :columns] if pad else out
+
+
+def feedback_dtype(device: torch.device, dtype: torch.dtype, classes: int) -> torch.dtype:
+    """In which dtype a dense B [classes, n] serves `project_gate` best, for `saved` of `dtype`.
+
+    The accumulation dtype; but tensor cores read B in the layers' own 16 bits.
+    """
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    if device.type == "cuda" and narrow and classes >= _TENSOR_CORE_CLASSES:
+        return dtype
+    return accumulation_dtype(dtype)
+
+
+@torch.compiler.assume_constant_result
+def allow_tf32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch allows tf32 in the matrix products of `dtype` on `device`.
+
+    A constant of a compiled step: torch.compile guards all it compiles by that setting.
+    """
+    if device.type != "cuda" or dtype != torch.float32:
+        return False
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def project_gate(
@@ -68,19 +108,21 @@ def project_gate(
     seed: int = 0,
     streams: Sequence[int] = (0,),
     distribution: str = "normal",
+    allow_tf32: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """d_l = scale_l (e B_l) * f'(saved_l) and db_l = sum_M d_l for every layer l.
 
     Args:
         error: e [M, C].
-        feedback: one B for all layers, or one for each: [C, >= n_l] in the accumulation dtype,
-            of which layer l takes the first n_l columns. Empty: B is generated in the kernel
-            from `seed`, `streams` (one, or one for each layer) and `distribution`.
+        feedback: one B for all layers, or one for each: [C, >= n_l] in the accumulation dtype or
+            in that of `saved`, of which layer l takes the first n_l columns. Empty: B is generated
+            in the kernel from `seed`, `streams` (one, or one for each layer) and `distribution`.
         saved: [M, n_l] each, of one dtype: f(a), or a for gelu, gelu_tanh and silu. For the
             identity it only gives shape and dtype.
         kinds, params: the activations, codes of `fastdfa.activations.KINDS` and parameters.
         scales: the factor of each B_l.
         sum_error: multiply by M as well (inside the accumulator, so that fp16 keeps it).
+        allow_tf32: float32 on CUDA: tensor cores may round e and B to tf32. The CPU ignores it.
 
     Returns:
         The deltas [M, n_l] in the dtype of `saved`, and the bias gradients [n_l] in the
@@ -97,8 +139,9 @@ def project_gate(
         return [], []
     if build.available(error.device.type):
         results = torch.ops.fastdfa.project_gate(
-            error, feedback, seed, streams, code, saved, kinds, params, scales, sum_error
-        )
+            error, feedback, seed, streams, code, saved, kinds, params, scales, sum_error,
+            allow_tf32,
+        )  # fmt: skip
     else:
         if not feedback:
             feedback = _generate(error, saved, seed, streams, code)
@@ -236,6 +279,8 @@ def _check_project_gate(
     for index, matrix in enumerate(feedback):
         readers = saved if len(feedback) == 1 else saved[index : index + 1]
         _check_feedback(index, matrix, error, readers)
+        if matrix.dtype != feedback[0].dtype:
+            raise TypeError(f"feedback[{index}] must be {feedback[0].dtype}, got {matrix.dtype}")
 
 
 def _check_feedback(index: int, matrix: Tensor, error: Tensor, readers: Sequence[Tensor]) -> None:
@@ -247,10 +292,10 @@ def _check_feedback(index: int, matrix: Tensor, error: Tensor, readers: Sequence
             f"got {tuple(matrix.shape)}"
         )
     for h in readers:
-        if matrix.dtype != accumulation_dtype(h.dtype):
-            raise TypeError(
-                f"feedback[{index}] must be {accumulation_dtype(h.dtype)}, got {matrix.dtype}"
-            )
+        allowed = dict.fromkeys((accumulation_dtype(h.dtype), h.dtype))
+        if matrix.dtype not in allowed:
+            names = " or ".join(map(str, allowed))
+            raise TypeError(f"feedback[{index}] must be {names}, got {matrix.dtype}")
     if matrix.device != error.device:
         raise ValueError(f"feedback[{index}] must be on {error.device}, got {matrix.device}")
 
@@ -259,7 +304,10 @@ def _register_fakes() -> None:
     """Shapes and dtypes of the ops' results, for torch.compile and opcheck."""
 
     @torch.library.register_fake("fastdfa::project_gate")
-    def _(error, feedback, seed, streams, distribution, saved, kinds, params, scales, sum_error):
+    def _(
+        error, feedback, seed, streams, distribution, saved, kinds, params, scales, sum_error,
+        allow_tf32,
+    ):  # fmt: skip
         deltas = [h.new_empty(h.shape) for h in saved]
         wide = [accumulation_dtype(h.dtype) for h in saved]
         bias_grads = [h.new_empty(h.shape[1], dtype=d) for h, d in zip(saved, wide, strict=True)]

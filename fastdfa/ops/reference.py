@@ -131,7 +131,8 @@ def project_gate(
     """d_l = scale_l (M if sum_error) (e B_l) * f'(saved_l) for every layer, then every db_l.
 
     error [M, C]; feedback: one matrix for all layers or one for each, [C, >= n_l], of which
-    layer l takes the first n_l columns; saved [M, n_l].
+    layer l takes the first n_l columns; saved [M, n_l]. Where float32 may be tf32 is torch's own
+    setting here.
     """
     deltas, bias_grads = [], []
     for layer, h in enumerate(saved):

@@ -55,7 +55,7 @@ format: $(STAMP).packages ## put what lint asks for in place
 
 registers: $(STAMP).built ## what each CUDA kernel uses; an error where a hot one spills registers
 	@$(BUILD)
-	@$(PY) cmake/report.py registers build/cmake
+	@$(PY) cmake/built.py registers build/cmake
 
 .PHONY: gpu
 gpu: ## on a machine with a CUDA GPU: build, test, sanitize, measure; ARGS="build test"
@@ -68,7 +68,7 @@ wheel: $(STAMP).packages ## dist/*.whl for this Python and processor, with CUDA 
 	if test "$$nvcc"; then export FASTDFA_CUDA=1 FASTDFA_LOCAL_VERSION=cu$${nvcc%.*}; \
 	else export FASTDFA_LOCAL_VERSION=cpu; fi; \
 	$(PY) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
-	@$(PY) cmake/report.py wheel dist
+	@$(PY) cmake/built.py wheel dist
 
 clean: ## everything built; environments and results stay
 	rm -rf build dist *.egg-info fastdfa/*.so

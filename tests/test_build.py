@@ -79,17 +79,17 @@ def test_library_exports_nothing(library):
 
 
 @pytest.fixture
-def report(monkeypatch):
-    """cmake/report.py, which reads back what was built."""
+def built(monkeypatch):
+    """cmake/built.py, which reads back what was built."""
     monkeypatch.syspath_prepend(ROOT / "cmake")
-    return pytest.importorskip("report", reason="fastdfa is not imported from its checkout")
+    return pytest.importorskip("built", reason="fastdfa is not imported from its checkout")
 
 
-def test_cuda_library_has_the_architectures_asked_for(ext, report):
+def test_cuda_library_has_the_architectures_asked_for(ext, built):
     asked = ext.build_facts()["cuda_architectures"]
     if asked is None:
         pytest.skip(f"no CUDA library: {ext.build_facts()['cuda_skipped']}")
-    assert report.architectures(PACKAGE / "_C_cuda.so") == asked.split()
+    assert built.architectures(PACKAGE / "_C_cuda.so") == asked.split()
 
 
 PTXAS = """\
@@ -102,13 +102,13 @@ ptxas info    : Used 40 registers, used 1 barriers, 80 bytes cumulative stack si
 
 
 @pytest.mark.parametrize(("source", "fails"), [("gate", True), ("fill_feedback", False)])
-def test_a_hot_kernel_that_spills_is_an_error(report, tmp_path, capsys, source, fails):
+def test_a_hot_kernel_that_spills_is_an_error(built, tmp_path, capsys, source, fails):
     folder = tmp_path / "CMakeFiles" / "_C_cuda.dir" / "csrc"
     folder.mkdir(parents=True)
     (folder / f"{source}.cu.o.ptxas").write_text(PTXAS.format(stores=8))
-    (kernel,) = report.kernels(tmp_path)
+    (kernel,) = built.kernels(tmp_path)
     assert kernel[2:] == ("90a", 40, 1024, 80, 12)
-    assert report.print_registers(tmp_path) != fails
+    assert built.print_registers(tmp_path) != fails
     assert ("spills 12 bytes for sm_90a" in capsys.readouterr().out) == fails
 
 

@@ -1,7 +1,7 @@
 """What was built, read back from the files.
 
-python cmake/report.py wheel DIST         what is inside the newest wheel of the folder DIST
-python cmake/report.py registers BUILD    what each CUDA kernel uses; fails where a hot one spills
+python cmake/built.py wheel DIST         what is inside the newest wheel of the folder DIST
+python cmake/built.py registers BUILD    what each CUDA kernel uses; fails where a hot one spills
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 | digits | none: scikit-learn carries them |
 | mnist, fashion-mnist | the four idx files, raw or .gz; also in torchvision's DIR/<set>/raw |
 | cifar10 | cifar-10-batches-py/ (or its six batches in DIR itself), or cifar10.npz |
+| shakespeare | input.txt (Karpathy's Tiny Shakespeare), or any text of that name |
+| cora | cora.npz (features as CSR, labels, edges, the Planetoid split) |
 
 All are also found one folder down, in DIR/<name>.
 
@@ -32,13 +34,22 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A classification task: x [N, features] float32, y [N] int64 in [0, classes)."""
+    """A classification task: x [N, *shape] and y int64 in [0, classes), or IGNORED.
+
+    Images: x float32, y [N]. Text: x [N, T] characters, y [N, T] the next ones. A graph is one
+    sample: x [1, nodes, features], y [1, nodes], with the labels of other splits IGNORED.
+    """
 
     train_x: torch.Tensor
     train_y: torch.Tensor
     test_x: torch.Tensor
     test_y: torch.Tensor
     classes: int = 10
+    adjacency: torch.Tensor | None = None  # of a graph: sparse [nodes, nodes], normalised
+
+    @property
+    def shape(self):
+        return tuple(self.train_x.shape[1:])
 
 
 IDX_MD5 = {
@@ -69,14 +80,20 @@ DOWNLOAD = {
     "fashion-mnist": "the four idx files from "
     "https://github.com/zalandoresearch/fashion-mnist/tree/master/data/fashion",
     "cifar10": "and unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+    "shakespeare": "input.txt from https://raw.githubusercontent.com/karpathy/char-rnn/master/"
+    "data/tinyshakespeare/",
+    "cora": "the Planetoid files of https://github.com/kimiyoung/planetoid, made into cora.npz,",
 }
-DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10")
+IMAGES = ("digits", "mnist", "fashion-mnist", "cifar10")
+DATASETS = (*IMAGES, "shakespeare", "cora")
+IGNORED = -100  # a label without a loss, as in torch's cross_entropy
+CONTEXT = 64  # characters of a sample of text
 
 
 def load(name: str, directory: str | None = None, check_md5: bool = True) -> Dataset:
     """Read the data set `name` (one of DATASETS) from `directory`; DataError if anything is off.
 
-    Features are scaled to mean 0 and standard deviation 1 over all pixels of the training set.
+    Pixels are scaled to mean 0 and standard deviation 1 over all of the training set.
     `check_md5=False` takes any files of the right format, a subset or another set of letters.
     """
     if name == "digits":
@@ -86,12 +103,17 @@ def load(name: str, directory: str | None = None, check_md5: bool = True) -> Dat
     root = Path(directory)
     if not root.is_dir():
         raise DataError(f"--data {directory}: no such directory")
+    if name == "shakespeare":
+        return _text(name, root)
+    if name == "cora":
+        return _graph(name, root)
     return _dataset(*(_cifar10 if name == "cifar10" else _idx_set)(name, root, check_md5))
 
 
 def _dataset(train_x, train_y, test_x, test_y):
-    """Flat standardised float32 features from images of any integer or float type."""
-    train_x, test_x = (x.reshape(len(x), -1).astype(np.float32) for x in (train_x, test_x))
+    """Standardised float32 images [N, channels, height, width] from any integer or float type."""
+    shape = train_x.shape[1:] if train_x.ndim == 4 else (1, *train_x.shape[1:])
+    train_x, test_x = (x.reshape(-1, *shape).astype(np.float32) for x in (train_x, test_x))
     mean, std = train_x.mean(dtype=np.float64), train_x.std(dtype=np.float64)
     for x in (train_x, test_x):  # in place: CIFAR-10 is 737 MB in float32
         x -= np.float32(mean)
@@ -105,6 +127,7 @@ def _digits():
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
+    x = x.reshape(-1, 8, 8)
     order = np.random.RandomState(0).permutation(len(x))
     train, test = order[360:], order[:360]
     return x[train], y[train], x[test], y[test]
@@ -228,7 +251,7 @@ def _cifar_batch(path, md5):
     if images.ndim != 2 or images.shape[1] != 3072:
         raise DataError(f"{path}: expected data [N, 3072], got {list(images.shape)}")
     _check_pair("cifar10", images, labels)
-    return images, labels
+    return images.reshape(-1, 3, 32, 32), labels
 
 
 def _cifar_npz(path):
@@ -254,3 +277,70 @@ def _check_pair(name, images, labels):
         )
     if len(labels) == 0 or labels.min() < 0 or labels.max() > 9:
         raise DataError(f"{name}: expected labels 0 to 9, of at least one image")
+
+
+# Tiny Shakespeare: https://github.com/karpathy/char-rnn
+
+
+def _text(name, root):
+    """Windows of CONTEXT characters side by side; the last tenth of the text is the test set."""
+    path = next((p for p in (root / "input.txt", root / name / "input.txt") if p.is_file()), None)
+    path = path or root / "tinyshakespeare" / "input.txt"
+    if not path.is_file():
+        raise _missing(name, "input.txt", root)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text ({error})") from None
+    letters = sorted(set(text))
+    code = torch.tensor([letters.index(c) for c in text])
+    if len(code) < 20 * CONTEXT:
+        raise DataError(f"{path}: expected at least {20 * CONTEXT} characters, got {len(code)}")
+    pieces = code.split([len(code) - len(code) // 10, len(code) // 10])
+    return Dataset(*(xy for piece in pieces for xy in _windows(piece)), classes=len(letters))
+
+
+def _windows(code):
+    """x and, one character further, y, [windows, CONTEXT] each."""
+    count = (len(code) - 1) // CONTEXT
+    return [code[i : i + count * CONTEXT].view(count, CONTEXT) for i in (0, 1)]
+
+
+# Cora: Sen et al. 2008, in the split of Yang et al. 2016 (Planetoid)
+
+
+def _graph(name, root):
+    path = next((p for p in (root / "cora.npz", root / name / "cora.npz") if p.is_file()), None)
+    if path is None:
+        raise _missing(name, "cora.npz", root)
+    keys = ("x_data", "x_indices", "x_indptr", "x_shape", "y", "edges", "train_idx", "test_idx")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: torch.from_numpy(file[key]).long() for key in keys[1:]}
+            values = torch.from_numpy(file["x_data"])
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: truncated, damaged or incomplete ({error})") from None
+    x = torch.zeros(arrays["x_shape"].tolist())
+    rows = torch.arange(len(x)).repeat_interleave(arrays["x_indptr"].diff())
+    x[rows, arrays["x_indices"]] = values
+    x = x / x.sum(1, keepdim=True).clamp(min=1)  # rows of sum 1, as published
+    labels = [_labels_of(arrays["y"], arrays[split]) for split in ("train_idx", "test_idx")]
+    adjacency = _normalised(arrays["edges"], len(x))
+    classes = int(arrays["y"].max()) + 1
+    return Dataset(x[None], labels[0], x[None], labels[1], classes, adjacency)
+
+
+def _labels_of(y, nodes):
+    labels = torch.full((1, len(y)), IGNORED)
+    labels[0, nodes] = y[nodes]
+    return labels
+
+
+def _normalised(edges, nodes):
+    """D^-1/2 (A + I) D^-1/2 of an undirected graph, as in Kipf and Welling 2017."""
+    loops = torch.arange(nodes).expand(2, -1)
+    both = torch.cat([edges.T, edges.T.flip(0), loops], 1)
+    degree = torch.bincount(both[0], minlength=nodes).float()
+    weights = (degree[both[0]] * degree[both[1]]).rsqrt()
+    size = (nodes, nodes)
+    return torch.sparse_coo_tensor(both, weights, size, check_invariants=True).coalesce()

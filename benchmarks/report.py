@@ -16,8 +16,9 @@ from rich.table import Table
 
 import fastdfa
 
-LABELS = {"dfa": "DFA", "bp": "backprop"}
-COLOURS = {"dfa": "#0068b8", "bp": "#e07b00"}
+LABELS = {"dfa": "DFA", "bp": "backprop", "top": "top layer"}
+COLOURS = {"dfa": "#0068b8", "bp": "#e07b00", "top": "#7a7a7a"}
+MOST_COSINES = 8  # rows of the table; more layers are summed up in one
 
 
 class LiveProgress:
@@ -61,6 +62,12 @@ class LiveProgress:
             self.console.print(f"{LABELS[method]:9} {text}", soft_wrap=True)
 
 
+def architecture(config):
+    if config.model == "mlp":
+        return f"{config.depth} hidden layers of {config.width} {config.activation}"
+    return f"{config.model} {config.depth}x{config.width} {config.activation}"
+
+
 def describe(config):
     """The run in one line."""
     regular = [
@@ -70,7 +77,7 @@ def describe(config):
     ]
     return ", ".join(
         [
-            f"{config.dataset}: {config.depth} hidden layers of {config.width} {config.activation}",
+            f"{config.dataset}: {architecture(config)}",
             *regular,
             f"{config.optimizer} {config.lr:g} {config.schedule}",
             f"batch {config.batch}",
@@ -97,7 +104,7 @@ def summarise(run):
     ratios = [
         epoch["bp"]["step_ms"] / epoch["dfa"]["step_ms"]
         for epoch in run.history[1:]
-        if len(methods) == 2
+        if {"dfa", "bp"} <= methods.keys()
     ]
     return {"methods": methods, "speed_against_backprop": median(ratios) if ratios else None}
 
@@ -121,12 +128,18 @@ def print_table(console, run):
     row("time a step", "{:.3f} ms", "step_ms")
     if ratio := summary["speed_against_backprop"]:
         speed = {"dfa": f"{ratio:.2f}x", "bp": "1x"}
-        table.add_row("speed against backprop", *(speed[method] for method in columns))
-    for i, cosine in enumerate(columns.get("dfa", {}).get("alignment") or []):
+        table.add_row("speed against backprop", *(speed.get(method, "-") for method in columns))
+    for label, cosine in labelled_cosines(columns.get("dfa", {}).get("alignment") or []):
         values = {"dfa": f"{cosine:.3f}", "bp": "1"}
-        label = f"cosine to the true gradient, layer {i + 1}"
-        table.add_row(label, *(values[method] for method in columns))
+        label = f"cosine to the true gradient, {label}"
+        table.add_row(label, *(values.get(method, "-") for method in columns))
     console.print(describe(run.config), table, sep="\n", highlight=False)
+
+
+def labelled_cosines(cosines):
+    if len(cosines) > MOST_COSINES:
+        return [(f"mean of {len(cosines)} weights", sum(cosines) / len(cosines))]
+    return [(f"layer {i}", cosine) for i, cosine in enumerate(cosines, 1)]
 
 
 def print_ending(console, run, status):

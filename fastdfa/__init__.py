@@ -2,8 +2,11 @@
 
 from . import ops
 from .build import build_info
+from .conv import Conv1d, Conv2d
+from .convert import convert
 from .dfa import DFA, backprop
 from .feedback import PRESETS, Feedback
+from .inspect import inspect
 from .layers import FeedbackPoint, Linear
 
 __version__ = "0.1.0"
@@ -11,11 +14,15 @@ __version__ = "0.1.0"
 __all__ = [
     "DFA",
     "PRESETS",
+    "Conv1d",
+    "Conv2d",
     "Feedback",
     "FeedbackPoint",
     "Linear",
     "__version__",
     "backprop",
     "build_info",
+    "convert",
+    "inspect",
     "ops",
 ]

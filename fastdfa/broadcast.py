@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .layers import as_matrix, weight_gradient
+from .activations import IDENTITY
+from .layers import as_matrix
+from .tape import Affine, Fed
 
 
 class Target(NamedTuple):
@@ -20,6 +26,14 @@ class Target(NamedTuple):
     scale: float
     stream: int
     features: int
+    channels_last: tuple[int, ...] = ()  # sizes (C, *S) of a point that lies as [*S, C] in memory
+
+    def shaped(self, product: Tensor, shape: torch.Size) -> Tensor:
+        """The matrix d as a tensor of the point's shape, and in its memory format."""
+        if not self.channels_last:
+            return product.view(shape)
+        channels, *positions = self.channels_last
+        return product.view(-1, *positions, channels).movedim(-1, 1)
 
 
 class Group(NamedTuple):
@@ -29,6 +43,7 @@ class Group(NamedTuple):
     """
 
     fused: tuple[Target, ...]
+    affine: tuple[Affine, ...]  # of each fused layer
     projections: tuple[Target, ...]
     token_projection: tuple[int, ...]  # for each token, an index into `projections`
     dtype: torch.dtype
@@ -39,11 +54,6 @@ class Group(NamedTuple):
     sum_error: bool
     allow_tf32: bool
     dense: int  # how many dense matrices come with it: one if shared, one a target, or none
-
-    @property
-    def streams(self) -> list[int]:
-        targets = self.fused + self.projections
-        return [target.stream for target in (targets[:1] if self.shared else targets)]
 
 
 class Broadcast(torch.autograd.Function):
@@ -78,39 +88,153 @@ class Broadcast(torch.autograd.Function):
         saved = tensors[first : first + layers]
         inputs = tensors[first + layers : first + 2 * layers]
         tokens = tensors[first + 2 * layers :]
-        products, bias_grads = _products(group, error, tensors[:first], saved)
+        e = as_matrix(error)
+        # The identity's gate reads nothing: an expanded scalar gives shape and dtype.
+        blank = e.new_empty((), dtype=group.dtype)
+        products, bias_sums = _products(
+            group,
+            e,
+            tensors[:first],
+            group.fused + group.projections,
+            [affine.matrix(h, h) for affine, h in zip(group.affine, saved, strict=True)]
+            + [blank.expand(e.shape[0], target.features) for target in group.projections],
+        )
         grads: list[Tensor | None] = [None] * first
-        for layer, x in enumerate(inputs):
-            needs = ctx.needs_input_grad[2 + first + 4 * layer :]
+        for layer, (affine, h, x) in enumerate(zip(group.affine, saved, inputs, strict=True)):
+            _, _, needs_weight, needs_bias = ctx.needs_input_grad[2 + first + 4 * layer :][:4]
             delta = products.pop(0)  # so that it is freed before the next weight gradient
-            weight_grad = weight_gradient(delta, x) if needs[2] else None
-            bias_grad = bias_grads[layer].to(ctx.bias_dtypes[layer]) if needs[3] else None
+            weight_grad = affine.weight_gradient(delta, h, x) if needs_weight else None
+            bias_grad = None
+            if needs_bias:
+                bias_grad = affine.bias_gradient(bias_sums[layer], h).to(ctx.bias_dtypes[layer])
             grads += [None, None, weight_grad, bias_grad]
         for token, index in zip(tokens, group.token_projection, strict=True):
-            grads.append(products[index].view(token.shape))
+            grads.append(group.projections[index].shaped(products[index], token.shape))
         return None, error, *grads
 
 
+class BroadcastInTurn(torch.autograd.Function):
+    """As `Broadcast`, but every point is fed when autograd comes to it.
+
+    Nodes at the output run before all that is below, so `Broadcast` would make every projection
+    while all activations are still there. Not traced: a hook of the node that receives a feedback
+    makes it, from what this node has left behind.
+
+    The tensors after y: the dense matrices; of every point the token, or the output of a layer
+    that gates its own feedback.
+    """
+
+    @staticmethod
+    def forward(ctx, group: Group, fed: list[Fed | None], y: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.feedback = _InTurn(group, tensors[: group.dense])
+        receivers = tensors[group.dense :]
+        ctx.shapes = [receiver.shape for receiver in receivers]
+        for receiver, index, layer in zip(receivers, group.token_projection, fed, strict=True):
+            hook = partial(ctx.feedback.feed, index, layer, receiver.output_nr)
+            receiver.grad_fn.register_prehook(hook)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, error: Tensor | None):
+        grads: list[Tensor | None] = [None] * (ctx.feedback.group.dense + len(ctx.shapes))
+        if error is not None:
+            blank = ctx.feedback.begin(error)
+            grads[ctx.feedback.group.dense :] = [blank.expand(shape) for shape in ctx.shapes]
+        return None, None, error, *grads
+
+
+class _InTurn:
+    """The feedback of one backward pass, made point by point; what several share, once."""
+
+    def __init__(self, group: Group, dense: tuple[Tensor, ...]) -> None:
+        self.group = group
+        self.dense = dense
+        self.end()
+
+    def begin(self, error: Tensor) -> Tensor:
+        """Keeps the error until the end of the backward pass; returns what announces a feedback."""
+        self.error = as_matrix(error.detach())
+        self.blank = error.new_zeros((), dtype=self.group.dtype)
+        self.left = Counter(self.group.token_projection)
+        Variable._execution_engine.queue_callback(self.end)
+        return self.blank
+
+    def end(self) -> None:
+        self.error = self.blank = None
+        self.shared: dict[int, Tensor] = {}
+
+    def feed(
+        self, index: int, layer: Fed | None, output: int, gradients: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...] | None:
+        """Hook of the node an output of which receives a feedback, maybe among other gradients."""
+        gradient = gradients[output]
+        if self.error is None or gradient is None:
+            return None
+        # A gradient to be differentiated again is one too: it leads to the error that refuses this.
+        announced = gradient.data_ptr() == self.blank.data_ptr() and not gradient.requires_grad
+        if announced and layer is not None:
+            layer.append(partial(self._make, index))
+            return None
+        target = self.group.projections[index]
+        product = target.shaped(self._projection(index), gradient.shape)
+        fed = product if announced else gradient + product
+        return (*gradients[:output], fed, *gradients[output + 1 :])
+
+    def _projection(self, index: int) -> Tensor:
+        self.left[index] -= 1
+        if index not in self.shared:
+            blank = self.blank.expand(len(self.error), self.group.projections[index].features)
+            self.shared[index], _ = self._make(index, blank, IDENTITY)
+        return self.shared[index] if self.left[index] else self.shared.pop(index)
+
+    def _make(self, index: int, saved: Tensor, kind: int | None = None) -> tuple[Tensor, Tensor]:
+        """delta [M, n] and its sums [n], gated by what is saved, [M, n]."""
+        target = self.group.projections[index]
+        target = target if kind is None else target._replace(kind=kind)
+        dense = self.dense[index : index + 1] if len(self.dense) > 1 else self.dense
+        (delta,), (sums,) = _products(self.group, self.error, dense, [target], [saved])
+        return delta, sums
+
+
+class Send(torch.autograd.Function):
+    """Passes y through; in backward copies the error to another device, once for all groups there.
+
+    `there` is what those groups passed through: it stands for y on their device.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, there: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.device = there.device
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, error: Tensor | None):
+        return error, None if error is None else error.to(ctx.device)
+
+
 def _products(
-    group: Group, error: Tensor, dense: tuple[Tensor, ...], saved: tuple[Tensor, ...]
+    group: Group,
+    e: Tensor,
+    dense: Sequence[Tensor],
+    targets: Sequence[Target],
+    saved: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The deltas of the fused layers and then the projections, [M, n_l]; the bias gradients."""
-    e = as_matrix(error).to(group.device)
-    targets = group.fused + group.projections
-    # The identity's gate reads nothing: an expanded scalar gives shape and dtype.
-    blank = e.new_empty((), dtype=group.dtype)
-    products, bias_grads = ops.project_gate(
+    """The products [M, n_l] of e [M, C] for some targets of a group, and their sums over rows."""
+    products, sums = ops.project_gate(
         e,
         dense,
-        [as_matrix(h) for h in saved]
-        + [blank.expand(e.shape[0], target.features) for target in group.projections],
+        saved,
         [target.kind for target in targets],
         [target.param for target in targets],
         [target.scale for target in targets],
         sum_error=group.sum_error,
         seed=group.seed,
-        streams=group.streams,
+        streams=[target.stream for target in (targets[:1] if group.shared else targets)],
         distribution=group.distribution,
         allow_tf32=group.allow_tf32,
     )
-    return list(products), bias_grads
+    return list(products), sums

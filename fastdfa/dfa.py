@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import feedback as feedback_rules
 from . import graph, ops, plan
-from .broadcast import Broadcast, Group, Target
+from .broadcast import Broadcast, BroadcastInTurn, Group, Send, Target
 from .feedback import DenseCache, Feedback, Source
 from .ops.reference import accumulation_dtype
 from .tape import Point, Tape, state
@@ -36,15 +36,17 @@ class Layout(NamedTuple):
 class DFA(nn.Module):
     """Trains the network it wraps by direct feedback alignment.
 
-    Inside, every `fastdfa.Linear` and `FeedbackPoint` cuts the network at its input; in backward
-    each such point receives `s e B_l` in place of its true gradient, e being the error at the
+    Inside, every fastdfa layer and `FeedbackPoint` cuts the network at its input; in backward each
+    such point receives `s e B_l` in place of its true gradient, e being the error at the
     output, [*rows, C] (arXiv 1609.01596, 1906.04554). The forward numbers are untouched.
 
     Args:
         module: the network; its output must be a tensor, unless `output` is given.
         feedback: the rule, or the name of a preset of `fastdfa.PRESETS`.
-        output: the name of the submodule at whose output the error is taken. Nothing is cut
-            after it: what follows trains by backprop.
+        output: the name of the submodule at whose output the error is taken, so that a model may
+            return a dict or its loss, or feed back the error before a vocabulary projection.
+            Nothing is cut after it: what follows trains by backprop. There is one error: a model
+            of several heads concatenates their outputs in a submodule, which is named here.
         allow_bypass: accept paths that carry feedback past a cut, such as `h + layer(h)`.
 
     Buffers: `seed`, int64: the one source of randomness of B. It is in the checkpoint, B is not.
@@ -88,7 +90,9 @@ class DFA(nn.Module):
         """
         if state.tape is not None:
             raise RuntimeError("a DFA was called inside another DFA: wrap the outermost only")
-        if not torch.is_grad_enabled() or any(self is root for root in state.true_gradients):
+        # An exported program has no backward.
+        plain = not torch.is_grad_enabled() or torch.compiler.is_exporting()
+        if plain or any(self is root for root in state.true_gradients):
             return self.module(*args, **kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if _requires_grad(x)]
         tape = Tape(self, inputs, self._install_tap())
@@ -162,16 +166,28 @@ class DFA(nn.Module):
             return y
         scales, streams = self._settle(classes, sizes)
         targets = [
-            plan.target_of(point, y, n, scale, stream)
+            plan.target_of(point, y, n, scale, stream, self._keeps_dense(classes, features, point))
             for point, n, scale, stream in zip(points, features, scales, streams, strict=True)
         ]
         if eager:
             plan.check_unmodified(points, names)
         seed = self._read_seed(self._key)
+        # What passes through the groups of each device: y itself, or what stands for it there.
+        passing = {y.device: y}
         # Applied from the input up, so that the top group is the first in backward.
-        for batch in reversed(plan.batches(points, targets)):
+        for batch in reversed(plan.batches(points, targets, eager and tape.in_turn)):
             group, tensors = self._group(batch, seed, classes, max(features))
-            y = Broadcast.apply(group, y, *tensors)
+            if batch.device not in passing:
+                passing[batch.device] = y.new_empty((), device=batch.device).expand(y.shape)
+            passed = passing[batch.device]
+            if batch.fed is None:
+                passed = Broadcast.apply(group, passed, *tensors)
+            else:
+                passed = BroadcastInTurn.apply(group, batch.fed, passed, *tensors)
+            passing[batch.device] = passed
+        y = passing.pop(y.device)
+        for there in passing.values():
+            y = Send.apply(y, there)
         return y
 
     def _group(
@@ -187,6 +203,7 @@ class DFA(nn.Module):
         dense = self._dense_matrices(targets, seed, classes, widest, batch)
         group = Group(
             fused=tuple(target for target, _ in batch.fused),
+            affine=tuple(record.affine for _, record in batch.fused),
             projections=tuple(projections),
             token_projection=tuple(projections.index(target) for target, _ in batch.tokens),
             dtype=batch.dtype,
@@ -209,15 +226,23 @@ class DFA(nn.Module):
     ) -> list[Tensor]:
         """One B for all targets or one for each; none where one is too large to be kept."""
         dtype = ops.feedback_dtype(batch.device, batch.dtype, classes)
-        sizes = [(target.stream, target.features) for target in targets]
-        if self.feedback.shared:
-            sizes = [(targets[0].stream, widest)]
-        if not all(feedback_rules.fits_dense(self.feedback, classes, n, dtype) for _, n in sizes):
+        sizes = [
+            (t.stream, widest if self.feedback.shared else t.features, t.channels_last)
+            for t in targets
+        ]
+        if self.feedback.shared and not any(order for *_, order in sizes):
+            sizes = sizes[:1]
+        rule = self.feedback
+        if not all(feedback_rules.fits_dense(rule, classes, n, dtype) for _, n, _ in sizes):
             return []
         matrices: list[Tensor] = []
-        for stream, features in sizes:
-            matrices += self._dense(seed, stream, classes, features, dtype, batch.device)
+        for stream, features, order in sizes:
+            matrices += self._dense(seed, stream, classes, features, order, dtype, batch.device)
         return matrices
+
+    def _keeps_dense(self, classes: int, features: list[int], point: Point) -> bool:
+        dtype = accumulation_dtype(point.tensor.dtype)
+        return feedback_rules.fits_dense(self.feedback, classes, max(features), dtype)
 
     # What is settled once, outside the traced graph: a compiled step sees constants, guarded by
     # the arguments.
@@ -245,12 +270,13 @@ class DFA(nn.Module):
         stream: int,
         classes: int,
         columns: int,
+        channels_last: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
     ) -> tuple[Tensor]:
         # In a tuple, as Dynamo takes a bare tensor from one place of the code only once.
         source = Source(seed, stream, self.feedback.distribution, dtype, device)
-        return (self._cache.get(source, classes, columns),)
+        return (self._cache.get(source, classes, columns, channels_last),)
 
     @torch.compiler.assume_constant_result
     def _read_seed(self, key: int) -> int:
@@ -344,10 +370,21 @@ def backprop(model: nn.Module) -> Iterator[None]:
 def _tap(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of the submodule named by `output`: there the tape of this thread ends."""
     tape = state.tape
-    if tape is None or tape.tap is not module or tape.tapped is not None:
+    if tape is None or tape.tap is not module:
         return None
+    if tape.tapped is not None:
+        raise RuntimeError(
+            f"output={tape.root.output!r}: that submodule was called twice in one forward pass, "
+            "so there are two errors. Call it once on the stacked inputs"
+        )
     tape.tapped = tape.root._broadcast(tape, output)
     return tape.tapped
+
+
+_ONE_ERROR = (
+    ". Several heads have one error where a submodule returns torch.cat(outputs, -1), and what is "
+    "behind it splits them"
+)
 
 
 def _requires_grad(x: Any) -> bool:
@@ -363,7 +400,9 @@ def _check_module(module: nn.Module, output: str | None) -> None:
     if output is None:
         return
     if not isinstance(output, str):
-        raise TypeError(f"output must be the name of a submodule, got {type(output).__name__}")
+        raise TypeError(
+            f"output must be the name of one submodule, got {type(output).__name__}{_ONE_ERROR}"
+        )
     names = [name for name, _ in module.named_modules() if name]
     if output not in names:
         raise ValueError(f"output must be one of {', '.join(names)}, got {output!r}")
@@ -374,7 +413,7 @@ def _check_output(y: Any, tap: str | None) -> None:
     if not isinstance(y, Tensor):
         raise TypeError(
             f"{where} must be a tensor, got {type(y).__name__}; "
-            "DFA(module, output=name) takes the error at a submodule's output"
+            f"DFA(module, output=name) takes the error at a submodule's output{_ONE_ERROR}"
         )
     if not y.is_floating_point():
         raise TypeError(f"{where} must be of a floating dtype, got {y.dtype}")

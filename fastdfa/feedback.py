@@ -121,9 +121,22 @@ class DenseCache:
 
     def __init__(self) -> None:
         self._matrices: dict[Source, Tensor] = {}
+        self._channels_last: dict[tuple[Source, tuple[int, ...]], Tensor] = {}
 
-    def get(self, source: Source, rows: int, columns: int) -> Tensor:
-        """The unscaled B [rows, >= columns]. A wider one serves the narrower: a prefix is a B."""
+    def get(
+        self, source: Source, rows: int, columns: int, channels_last: tuple[int, ...] = ()
+    ) -> Tensor:
+        """The unscaled B [rows, >= columns]. A wider one serves the narrower: a prefix is a B.
+
+        With the sizes (C, *S) of a point in `channels_last`, it is [rows, C S] and its columns are
+        those of B in the order of [*S, C].
+        """
+        if channels_last:
+            key = (source, channels_last)
+            if key not in self._channels_last:
+                matrix = self.get(source, rows, columns)
+                self._channels_last[key] = _channels_last(matrix, channels_last)
+            return self._channels_last[key]
         matrix = self._matrices.get(source)
         if matrix is None or matrix.shape[0] != rows or matrix.shape[1] < columns:
             self._drop_other_seeds(source.seed)
@@ -141,6 +154,14 @@ class DenseCache:
 
     def _drop_other_seeds(self, seed: int) -> None:
         self._matrices = {s: m for s, m in self._matrices.items() if s.seed == seed}
+        self._channels_last = {k: m for k, m in self._channels_last.items() if k[0].seed == seed}
+
+
+def _channels_last(matrix: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The first columns of B, of a point [C, *S], in the order of [*S, C]."""
+    columns = math.prod(sizes)
+    out = matrix.new_zeros(len(matrix), ops.aligned_width(columns, matrix.device))[:, :columns]
+    return out.copy_(matrix[:, :columns].unflatten(1, (sizes[0], -1)).mT.flatten(1))
 
 
 def fits_dense(rule: Feedback, rows: int, columns: int, dtype: torch.dtype) -> bool:

@@ -6,10 +6,13 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from .activations import KINDS
+from .conv import Conv1d, Conv2d
+from .layers import Linear
 from .tape import LayerRecord, Point, Tape
 
 if TYPE_CHECKING:
@@ -34,7 +37,8 @@ def check(root: DFA, tape: Tape, points: list[Point], names: list[str], y: Tenso
         _check_reentrant(regions, tape.skipped)
     if not root.allow_bypass:
         _check_bypass(regions, [*names, "the output"])
-    _warn_above_the_last_point(root, regions.parameters)
+    warn_above_the_last_point(root, regions.parameters)
+    _warn_output_is_a_point(points, names, y)
     _warn_squashed_output(root, y)
 
 
@@ -64,8 +68,9 @@ class _Regions:
                 continue
             if edge[0].name() == "CompiledFunctionBackward":
                 continue  # one node for all of a compiled block: its edges tell no paths
-            if hasattr(edge[0], "variable"):  # AccumulateGrad: a parameter or another leaf
-                parameters.append(edge[0].variable)
+            leaf = _leaf(edge[0])
+            if leaf is not None:
+                parameters.append(leaf)
                 continue
             seen.add(edge)
             waiting += edge[0].next_functions
@@ -87,6 +92,14 @@ class _Regions:
                 return True
             waiting += behind
         return False
+
+
+def _leaf(node: Node) -> Tensor | None:
+    """The parameter or other leaf at a node. A cast of one is one: autocast keeps it, so that a
+    layer which is called twice reads the same, and no feedback passes there."""
+    if node.name() == "ToCopyBackward0" and node.next_functions[0][0] is not None:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None)
 
 
 def _check_bypass(regions: _Regions, names: list[str]) -> None:
@@ -118,8 +131,9 @@ def _bypass_message(earlier: str, later: str) -> str:
     return (
         f"a path leads from {end} back to the input of {earlier!r}, or to what feeds it, without "
         "passing a cut: later feedback would reach it as well. Usually it is a skip connection, "
-        "h + layer(h): put a fastdfa.FeedbackPoint after the add (and none inside the block), or "
-        "accept the path with DFA(..., allow_bypass=True)"
+        "h + layer(h): put a fastdfa.FeedbackPoint after the add and none inside the block, as "
+        "fastdfa.convert(model, blocks=...) does, or accept the path with "
+        "DFA(..., allow_bypass=True)"
     )
 
 
@@ -142,21 +156,38 @@ def _readers(tape: Tape, points: list[Point]) -> dict[int, set[Node]]:
     return readers
 
 
-def _warn_above_the_last_point(root: DFA, parameters: Iterable[Tensor]) -> None:
-    """Only the head should train by the true gradient of the output."""
+def warn_above_the_last_point(root: DFA, parameters: Iterable[Tensor], stacklevel: int = 4) -> None:
+    """Only the head should train by the true gradient of the output, or several side by side.
+
+    Layers that cut their input are side by side: each ends the path from the output.
+    """
     trained = {id(parameter) for parameter in parameters}
-    owners = [
-        name or type(module).__name__
-        for name, module in root.module.named_modules()
-        if any(id(parameter) in trained for parameter in module.parameters(recurse=False))
-    ]
-    if len(owners) > 1:
+    owners, others = [], 0
+    for name, module in root.module.named_modules():
+        cuts = isinstance(module, (Linear, Conv1d, Conv2d))
+        owned = trained & {id(parameter) for parameter in module.parameters(recurse=cuts)}
+        if owned:
+            owners.append(name or type(module).__name__)
+            others += not cuts
+        if cuts:
+            trained -= owned
+    if len(owners) > 1 and others:
         warnings.warn(
             f"the true gradient of the output trains {', '.join(map(repr, owners))}: there is no "
             "feedback point between them. Where only the head should, make it a fastdfa.Linear, "
             "or put a fastdfa.FeedbackPoint before it",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
+
+
+def _warn_output_is_a_point(points: list[Point], names: list[str], y: Tensor) -> None:
+    for point, name in zip(points, names, strict=True):
+        if not y.requires_grad and torch._C._is_alias_of(point.tensor, y):
+            warnings.warn(
+                f"the output is itself the feedback point {name!r}, so that what is before it "
+                "learns from feedback and nothing from the true gradient: leave that point out",
+                stacklevel=4,
+            )
 
 
 def _warn_squashed_output(root: DFA, y: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from . import activations, ops
 from .activations import Gate
 from .gemm import product, transposed_product
-from .tape import LayerRecord, cut, note_reader, state
+from .tape import Affine, Fed, LayerRecord, cut, note_reader, state
 
 
 class Linear(nn.Linear):
@@ -51,7 +51,7 @@ class Linear(nn.Linear):
         behind = cut(self, input)
         gate = activations.gate_of(self.activation)
         if gate is not None:
-            output = _activated_linear(behind, self.weight, self.bias, gate)
+            output = activated(behind, self.weight, self.bias, gate, _LINEAR)
         else:
             output = _linear(behind, self.weight, self.bias)
             if self.activation is not None:
@@ -66,25 +66,102 @@ class FeedbackPoint(nn.Module):
     For a block whose inside is trained by local backprop: what follows, up to the next point or
     the output, learns from the feedback there, or from the true gradient after the last point.
 
+    There are three ways to feed an error e to a point of n_l features, B_l being [C, n_l]:
+
+    - by rows: a point [*R, n] under an error [*R, C] (tokens, nodes) receives e B_l, n_l = n;
+    - flattened: any other point takes its first dimension as rows, or `rows` of them, under an
+      error [N, C]; n_l is the product of the rest, in logical order. With the default scale a
+      sample's feedback is as long (|e| / sqrt(C), on average) however many features it has;
+    - by `features`: at a point with positions, such as an image [N, n, H, W] or a sequence
+      [N, T, n], under an error [N, C], every position receives e B_l / sqrt(positions), n_l = n.
+      A sample's feedback is as long as before (arXiv 2006.12878, TinyDFA), and the number of
+      positions may change between passes.
+
     Args:
-        rows: how many leading dimensions of the input are rows of the error. By default a
-            point [*R, n] is fed row by row an error [*R, C], and any other point takes the first
-            dimension as rows and flattens the rest in logical order.
+        rows: how many leading dimensions of the input are rows of the error.
+        features: the dimension of the input that holds the features, 1 for images, -1 for
+            sequences; those that are neither this nor rows (one, unless `rows` says otherwise)
+            are positions.
+
+    Raises:
+        TypeError, ValueError: for what is not such a number, or, in the forward pass, not a
+            dimension of the input behind its rows.
     """
 
-    def __init__(self, rows: int | None = None) -> None:
+    def __init__(self, rows: int | None = None, features: int | None = None) -> None:
         super().__init__()
-        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int)):
-            raise TypeError(f"rows must be an int or None, got {type(rows).__name__}")
+        _check_dimension("rows", rows)
+        _check_dimension("features", features)
         if rows is not None and rows < 0:
             raise ValueError(f"rows must not be negative, got {rows}")
         self.rows = rows
+        self.features = features
 
     def forward(self, input: Tensor) -> Tensor:
-        return cut(self, input, self.rows)
+        return self.cut(self, input)
+
+    def cut(self, layer: nn.Module, input: Tensor) -> Tensor:
+        """Cuts the network at `input`; the point is named by `layer`."""
+        if self.features is None:
+            return cut(layer, input, self.rows)
+        rows = 1 if self.rows is None else self.rows
+        features = self.features + input.dim() * (self.features < 0)
+        if not rows <= features < input.dim():
+            raise ValueError(
+                f"features={self.features} must be a dimension of the input behind the {rows} that "
+                f"are rows, got shape {tuple(input.shape)}"
+            )
+        return cut(layer, input, rows, features)
 
     def extra_repr(self) -> str:
-        return "" if self.rows is None else f"rows={self.rows}"
+        given = {"rows": self.rows, "features": self.features}
+        return ", ".join(f"{name}={k}" for name, k in given.items() if k is not None)
+
+
+def _check_dimension(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+
+
+class LinearMap:
+    """x W^T + b; see `tape.Affine`. An output [*rows, n] is a matrix [M, n] to the kernels."""
+
+    def activated(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate
+    ) -> tuple[Tensor, Tensor | None]:
+        if gate.from_output:
+            h = product(x, weight)
+            ops.activate_(h, bias, *gate)
+            return h, None
+        a = F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+        return activations.apply(a, *gate), a
+
+    def attached(
+        self,
+        h: Tensor,
+        a: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gate: Gate,
+        fed: Fed | None,
+    ) -> Tensor:
+        return _ActivatedLinear.apply(h, a, x, weight, bias, gate, fed)
+
+    def matrix(self, x: Tensor, saved: Tensor) -> Tensor:
+        return as_matrix(x)
+
+    def fed_by_rows(self, saved: Tensor, rows: torch.Size) -> bool:
+        return saved.shape[:-1] == rows
+
+    def weight_gradient(self, delta: Tensor, saved: Tensor, x: Tensor) -> Tensor:
+        return weight_gradient(delta, x)
+
+    def bias_gradient(self, sums: Tensor, saved: Tensor) -> Tensor:
+        return sums
+
+
+_LINEAR = LinearMap()
 
 
 class _ActivatedLinear(torch.autograd.Function):
@@ -95,22 +172,32 @@ class _ActivatedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, output, a, x, weight, bias, kind, param):
-        ctx.save_for_backward(output if a is None else a, x, weight)
-        ctx.gate = (kind, param)
+    def forward(ctx, h, a, x, weight, bias, gate, fed):
+        ctx.save_for_backward(h if a is None else a, x, weight)
+        ctx.gate, ctx.fed = gate, fed
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return output.view_as(output)
+        return h.view_as(h)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         saved, x, weight = ctx.saved_tensors
-        delta, bias_grad = ops.gate(as_matrix(grad), as_matrix(saved), *ctx.gate)
         _, _, needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        delta, bias_grad = gated(grad, saved, ctx.gate, ctx.fed, _LINEAR)
         x_grad = (delta @ weight).view(x.shape) if needs_x else None
         weight_grad = weight_gradient(delta, x) if needs_weight else None
         bias_grad = bias_grad.to(ctx.bias_dtype) if needs_bias else None
         return None, None, x_grad, weight_grad, bias_grad, None, None
+
+
+def gated(
+    grad: Tensor, saved: Tensor, gate: Gate, fed: Fed | None, affine: Affine
+) -> tuple[Tensor, Tensor]:
+    """The matrix delta and its sums over rows, from a gradient or from feedback that is due."""
+    h = affine.matrix(saved, saved)
+    if fed:  # the gradient only announces it
+        return fed.pop()(h)
+    return ops.gate(affine.matrix(grad, saved), h, *gate)
 
 
 class _CheckpointedLinear(torch.autograd.Function):
@@ -139,7 +226,7 @@ class _CheckpointedLinear(torch.autograd.Function):
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling() or not _saved_tensor_hooks_active():
         return F.linear(x, weight, bias)
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _CheckpointedLinear.apply(x, weight, bias)
@@ -155,31 +242,22 @@ def weight_gradient(delta: Tensor, x: Tensor) -> Tensor:
     return transposed_product(delta, as_matrix(x))
 
 
-def _activated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate) -> Tensor:
-    dtype = _autocast_dtype(x)
+def activated(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate, affine: Affine) -> Tensor:
+    """f(x W + b) for an activation that the kernels know, on the tape where its input is cut."""
+    dtype = autocast_dtype(x)
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     with torch.no_grad():
-        h, a = _forward(x, weight, bias, gate)
+        h, a = affine.activated(x, weight, bias, gate)
     if not torch.is_grad_enabled():
         return h
     if not (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return h
-    output = _ActivatedLinear.apply(h, a, x, weight, bias, *gate)
-    _record(LayerRecord(output, h if a is None else a, x, weight, bias, gate, None, None))
+    fed = None if torch.compiler.is_compiling() else []
+    output = affine.attached(h, a, x, weight, bias, gate, fed)
+    saved = h if a is None else a
+    _record(LayerRecord(output, saved, x, weight, bias, gate, affine, fed, None, None))
     return output
-
-
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate
-) -> tuple[Tensor, Tensor | None]:
-    """Returns h, and the input a of the activation where the gate cannot do with h."""
-    if gate.from_output:
-        h = product(x, weight)
-        ops.activate_(h, bias, *gate)
-        return h, None
-    a = F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
-    return activations.apply(a, *gate), a
 
 
 def _record(record: LayerRecord) -> None:
@@ -203,7 +281,7 @@ def _saved_tensor_hooks_active() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts the arguments of `F.linear`, where it does."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):

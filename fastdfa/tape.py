@@ -7,7 +7,9 @@ so they hold no reference to a root, and several threads and roots do not meet.
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from collections.abc import Callable
+from math import prod
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +30,58 @@ class State(threading.local):
 state = State()
 
 
+# Holds, when a layer's turn has come, what makes delta and its sums from the matrix of `saved`.
+Fed = list[Callable[[Tensor], tuple[Tensor, Tensor]]]
+
+
+class Affine(Protocol):
+    """What a fused layer does before its activation: `layers.LinearMap`, `conv.ConvolutionMap`.
+
+    The kernels work on matrices [rows, columns]; `saved`, what the gate reads, tells the shape and
+    the memory format of an output as a tensor.
+    """
+
+    def activated(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns h = f(a), and a where the gate cannot do with h."""
+
+    def attached(
+        self,
+        h: Tensor,
+        a: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gate: Gate,
+        fed: Fed | None,
+    ) -> Tensor:
+        """Returns a view of h with the layer's backward behind it."""
+
+    def matrix(self, x: Tensor, saved: Tensor) -> Tensor:
+        """A tensor of an output's shape as the kernels read it."""
+
+    def fed_by_rows(self, saved: Tensor, rows: torch.Size) -> bool:
+        """Whether the rows of `matrix` are those of an error [*rows, C]."""
+
+    def bias_gradient(self, sums: Tensor, saved: Tensor) -> Tensor:
+        """From the sums over the rows of the matrix delta."""
+
+    def weight_gradient(self, delta: Tensor, saved: Tensor, x: Tensor) -> Tensor:
+        """From the matrix delta and the layer's input."""
+
+
 class LayerRecord(NamedTuple):
     """An activated layer whose input is cut: all that its weight gradient takes besides d_l."""
 
-    output: Tensor  # the differentiable h_l [*rows, n_l]; the next layer is known by reading it
-    saved: Tensor  # what the gate reads [*rows, n_l]
-    input: Tensor  # h_{l-1} [*rows, n_{l-1}]
+    output: Tensor  # the differentiable h_l; the next layer is known by reading it
+    saved: Tensor  # what the gate reads, of the shape of h_l
+    input: Tensor  # h_{l-1}
     weight: Tensor
     bias: Tensor | None
     gate: Gate
+    affine: Affine
+    fed: Fed | None  # where the layer finds what makes its delta; None where it is compiled
     versions: tuple[int, int] | None  # of `saved` and `input`; None where the layer is compiled
     previous: LayerRecord | None
 
@@ -54,6 +99,11 @@ class Point(NamedTuple):
     target: LayerRecord | Tensor  # a layer whose gate is fused, or the token of `tensor`
     rows: int | None  # leading dimensions that are rows, where the layer says so
     previous: Point | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the feedback: that of `tensor`, but for its positions."""
+        return self.tensor.shape if isinstance(self.target, LayerRecord) else self.target.shape
 
 
 class Token(torch.autograd.Function):
@@ -73,6 +123,27 @@ class Token(torch.autograd.Function):
         return feedback
 
 
+class SpreadToken(torch.autograd.Function):
+    """A token of shape [*rows, n], whose feedback every position of x receives.
+
+    Positions are the dimensions behind the rows other than `features`, of size n. The feedback is
+    divided by the square root of their number, so that a row's is as long as without positions
+    (so does TinyDFA, arXiv 2006.12878).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: int, features: int) -> Tensor:
+        ctx.shape, ctx.rows, ctx.features = x.shape, rows, features
+        return x.new_empty(()).expand(*x.shape[:rows], x.shape[features])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, feedback: Tensor):
+        positions = ctx.shape[ctx.rows : ctx.features] + ctx.shape[ctx.features + 1 :]
+        one = feedback.div(prod(positions) ** 0.5).view(*feedback.shape, *[1] * len(positions))
+        return one.movedim(ctx.rows, ctx.features).expand(ctx.shape), None, None
+
+
 class Tape:
     """The points and layers of one forward pass of one root, newest first.
 
@@ -87,10 +158,11 @@ class Tape:
         self.layers: LayerRecord | None = None
         self.readers: list[tuple[Tensor, Node]] = []  # a cut tensor, and what a layer made of it
         self.skipped: nn.Module | None = None  # a layer that was called with gradients disabled
+        self.in_turn = True  # whether points may be fed one by one; not where hooks replace that
         self.tap = tap  # the module at whose output the error is taken, and
         self.tapped: Tensor | None = None  # that output: nothing is cut after it
 
-    def cut(self, layer: nn.Module, x: Tensor, rows: int | None) -> Tensor:
+    def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
         """Records x as a point and returns it without its history."""
         for given in self.inputs:
             if x is given:
@@ -98,7 +170,10 @@ class Tape:
         if self.points is None or self.points.tensor is not x:
             newest = self.layers
             fused = newest is not None and newest.output is x and rows is None
-            target = newest if fused else Token.apply(x)
+            if features is not None:
+                target = SpreadToken.apply(x, rows, features)
+            else:
+                target = newest if fused else Token.apply(x)
             self.points = Point(layer, x, target, rows, self.points)
         return x.detach()
 
@@ -115,15 +190,20 @@ class Tape:
         return list(by_tensor.values())
 
 
-def cut(layer: nn.Module, x: Tensor, rows: int | None = None) -> Tensor:
-    """Makes the input x of `layer` a feedback point, where a tape is being written."""
+def cut(
+    layer: nn.Module, x: Tensor, rows: int | None = None, features: int | None = None
+) -> Tensor:
+    """Makes the input x of `layer` a feedback point, where a tape is being written.
+
+    With `features`, one dimension of x behind the rows, the others behind them are positions.
+    """
     tape = state.tape
     if tape is None or tape.tapped is not None:
         return x
     if not torch.is_grad_enabled():
         tape.skipped = layer
         return x
-    return tape.cut(layer, x, rows) if x.requires_grad else x
+    return tape.cut(layer, x, rows, features) if x.requires_grad else x
 
 
 def note_reader(x: Tensor, output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Two processes with DistributedDataParallel (contract 6, 7 and 8).
+"""Two processes with DistributedDataParallel or FSDP2 (contract 6, 7 and 8).
 
 They talk over the loopback device, which a sandbox may lack: gloo then waits without end. So every
 wait here is bounded, and what torch's own DistributedDataParallel cannot do is no failure of ours.
@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from kinds import ResidualBlock, data, run
+from kinds import build as build_kind
 from networks import assert_close, gradients, mlp, randn, step
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import fastdfa
 
@@ -25,6 +29,9 @@ pytestmark = [
 ]
 
 ROWS, SEEDS = 8, (11, 22)
+DDP = ("fused", "general", "separate")
+KINDS = ("cnn", "transformer")
+SHARDED = ("mlp", "cnn", "resnet", "transformer", "recurrent")
 SECONDS = 60  # that torch alone may take; 3 are usual, for all
 
 
@@ -44,7 +51,7 @@ def train(rank, folder):
     nn.parallel.DistributedDataParallel(nn.Linear(2, 1))(torch.ones(1, 2)).sum().backward()
     Path(folder, f"torch-works-{rank}").touch()
     found = {}
-    for kind in ("fused", "general", "separate"):
+    for kind in DDP:
         model = build(kind, SEEDS[rank])
         wrapped = nn.parallel.DistributedDataParallel(model)
         rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
@@ -56,8 +63,57 @@ def train(rank, folder):
         found[kind] = dict(
             seed=int(model.seed), gradients=gradients(model), B=B, state=model.state_dict()
         )
+    for kind in KINDS:
+        found[kind] = gradients(half_of(kind, rank, nn.parallel.DistributedDataParallel))
+    mesh = init_device_mesh("cpu", (2,))
+    for kind in SHARDED:
+        for by_block in (False, True):
+            model = half_of(kind, rank, lambda model, b=by_block: shard(model, mesh, b))
+            found[kind, by_block] = {n: p.grad.full_tensor() for n, p in named(model)}
+    try:
+        model = half_of("resnet", rank, lambda model: shard_cut_blocks(model, mesh))
+        found["cut at the end"] = {n: p.grad.full_tensor() for n, p in named(model)}
+    except RuntimeError as error:
+        found["cut at the end"] = str(error)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def named(model):
+    return model.module.named_parameters()
+
+
+def half_of(kind, rank, wrap):
+    """A model of that kind after two backward passes, of which the second counts, of this
+    process's half of the batch."""
+    model = build_kind(kind).eval()  # so that batch normalisation does not see the half
+    wrapped = wrap(model)
+    inputs, g = data(kind, ROWS)
+    rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    for _ in range(2):
+        wrapped.zero_grad()
+        run(wrapped, [x[rows] for x in inputs], 2 * g[rows])  # as the gradients are averaged
+    return model
+
+
+def shard(model, mesh, by_block):
+    """The root; with `by_block`, before it each block, but for the cut at a residual block's end:
+    FSDP gathers the weights of a module when a gradient reaches its output, which there is cut."""
+    blocks = (
+        fastdfa.Linear, fastdfa.Conv2d, nn.TransformerEncoderLayer, nn.GRUCell, ResidualBlock
+    )  # fmt: skip
+    found = [m for m in model.modules() if by_block and isinstance(m, blocks)]
+    for module in [*found, model]:
+        fully_shard(module.inner if isinstance(module, ResidualBlock) else module, mesh=mesh)
+    return model
+
+
+def shard_cut_blocks(model, mesh):
+    """Whole residual blocks, at whose end the cut is."""
+    for module in model.modules():
+        if isinstance(module, ResidualBlock):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def finish(processes, seconds):
@@ -93,7 +149,7 @@ def found(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("kind", ["fused", "general", "separate"])
+@pytest.mark.parametrize("kind", DDP)
 def test_the_seed_is_broadcast(found, kind):
     """So every rank has the matrices of rank 0."""
     one, two = (f[kind] for f in found)
@@ -102,7 +158,7 @@ def test_the_seed_is_broadcast(found, kind):
         assert torch.equal(one["B"][name], two["B"][name])
 
 
-@pytest.mark.parametrize("kind", ["fused", "general", "separate"])
+@pytest.mark.parametrize("kind", DDP)
 def test_gradients_are_those_of_the_joint_batch(found, kind):
     one, two = (f[kind] for f in found)
     assert_close(two["gradients"], one["gradients"], 0)
@@ -111,6 +167,23 @@ def test_gradients_are_those_of_the_joint_batch(found, kind):
     x, target = randn(ROWS, 5), torch.arange(ROWS) % 3
     nn.functional.cross_entropy(joint(x), target).backward()
     assert_close(one["gradients"], gradients(joint))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *((k, b) for k in SHARDED for b in (False, True))])
+def test_networks_have_the_gradients_of_the_joint_batch(found, kind):
+    """Under DistributedDataParallel, and sharded as a whole or by blocks."""
+    joint = build_kind(kind if isinstance(kind, str) else kind[0]).eval()
+    run(joint, *data(kind if isinstance(kind, str) else kind[0], ROWS))
+    for rank in (0, 1):
+        assert_close(found[rank][kind], gradients(joint))
+
+
+def test_a_cut_at_the_end_of_a_sharded_block_is_right_or_refused(found):
+    expected = build_kind("resnet").eval()
+    run(expected, *data("resnet", ROWS))
+    for rank in (0, 1):
+        if not isinstance(found[rank]["cut at the end"], str):
+            assert_close(found[rank]["cut at the end"], gradients(expected))
 
 
 def test_the_joint_batch_sees_both_halves():

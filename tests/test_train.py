@@ -71,10 +71,10 @@ def test_idx_files(tmp_path, zipped, folder):
     write_idx(tmp_path / folder, zipped)
     loaded = data.load("mnist", tmp_path, check_md5=False)
     images, labels = images_and_labels(12)
-    assert loaded.train_x.shape == (12, 784) and loaded.test_x.shape == (5, 784)
+    assert loaded.train_x.shape == (12, 1, 28, 28) and loaded.shape == (1, 28, 28)
     assert loaded.train_y.tolist() == labels.tolist()
     standardised = (images - images.mean()) / images.std()
-    assert torch.allclose(loaded.train_x, torch.tensor(standardised).reshape(12, -1).float())
+    assert torch.allclose(loaded.train_x, torch.tensor(standardised)[:, None].float())
 
 
 def test_checksum_of_idx(tmp_path):
@@ -143,7 +143,7 @@ def test_cifar_batches_and_npz_agree(tmp_path):
     )
     a = data.load("cifar10", tmp_path, check_md5=False)
     b = data.load("cifar10", tmp_path / "npz")
-    assert a.train_x.shape == (15, 3072) and a.test_x.shape == (6, 3072)
+    assert a.train_x.shape == (15, 3, 32, 32) and a.test_x.shape == (6, 3, 32, 32)
     for name in ("train_x", "train_y", "test_x", "test_y"):
         assert torch.equal(getattr(a, name), getattr(b, name))
 
@@ -180,6 +180,55 @@ def test_bad_npz(tmp_path):
         data.load("cifar10", tmp_path)
 
 
+def write_text(folder, characters=4000):
+    letters = np.random.RandomState(0).randint(0, 7, characters)
+    (folder / "input.txt").write_text("".join("abcdefg"[i] for i in letters))
+
+
+def test_text(tmp_path):
+    write_text(tmp_path)
+    loaded = data.load("shakespeare", tmp_path)
+    text = (tmp_path / "input.txt").read_text()
+    assert loaded.classes == 7 and loaded.shape == (data.CONTEXT,)
+    assert "".join("abcdefg"[i] for i in loaded.train_x.flatten()[:200]) == text[:200]
+    assert "".join("abcdefg"[i] for i in loaded.train_y.flatten()[:200]) == text[1:201]
+    assert "abcdefg"[loaded.test_x[0, 0]] == text[3600]  # the last tenth
+    (tmp_path / "input.txt").write_text("short")
+    with pytest.raises(data.DataError, match="at least 1280 characters, got 5"):
+        data.load("shakespeare", tmp_path)
+
+
+def write_graph(folder):
+    """Four nodes of five features, the edges 0-1 and 1-2."""
+    np.savez(
+        folder / "cora.npz",
+        x_data=np.array([1, 1, 2], np.float32),
+        x_indices=np.array([0, 3, 1]),
+        x_indptr=np.array([0, 2, 3, 3, 3]),
+        x_shape=np.array([4, 5]),
+        y=np.array([2, 0, 1, 1]),
+        edges=np.array([[0, 1], [1, 2]]),
+        train_idx=np.array([0, 1]),
+        test_idx=np.array([3]),
+    )
+
+
+def test_graph(tmp_path):
+    write_graph(tmp_path)
+    loaded = data.load("cora", tmp_path)
+    assert loaded.classes == 3 and loaded.train_x.shape == (1, 4, 5)
+    assert loaded.train_x[0, :2].tolist() == [[0.5, 0, 0, 0.5, 0], [0, 1, 0, 0, 0]]
+    ignored = data.IGNORED
+    assert loaded.train_y.tolist() == [[2, 0, ignored, ignored]]
+    assert loaded.test_y.tolist() == [[ignored, ignored, ignored, 1]]
+    a, b = 6**-0.5, 1 / 3  # degrees with the loops: 2, 3, 2, 1
+    expected = [[0.5, a, 0, 0], [a, b, a, 0], [0, a, 0.5, 0], [0, 0, 0, 1]]
+    assert torch.allclose(loaded.adjacency.to_dense(), torch.tensor(expected))
+    (tmp_path / "cora.npz").write_bytes(b"no zip")
+    with pytest.raises(data.DataError, match="truncated, damaged or incomplete"):
+        data.load("cora", tmp_path)
+
+
 # The command
 
 
@@ -193,7 +242,9 @@ def test_bad_npz(tmp_path):
         ("--lr 0", "must be above 0"),
         ("--lr nan", "must be above 0"),
         ("--dropout 1", "must be at least 0 and below 1"),
-        ("--methods dfa,magic", "'magic' is none of dfa, bp"),
+        ("--methods dfa,magic", "'magic' is none of dfa, bp, top"),
+        ("--model gcn --dataset mnist", "--model gcn takes cora, got mnist"),
+        ("--model transformer", "shakespeare needs --data DIR: download input.txt from https"),
         ("--device tpu9", "'tpu9' cannot be used"),
         ("--dataset mnist", "mnist needs --data DIR: download the four idx files from https"),
         ("--dataset mnist --data nowhere", "no such directory"),
@@ -301,6 +352,36 @@ def test_divergence_keeps_the_epochs_before(tmp_path, capsys):
     assert run(tmp_path / "a", "--optimizer", "sgd", "--lr", "1e30", "--activation", "relu") == 1
     assert "no longer finite" in capsys.readouterr().out
     assert json.loads((tmp_path / "a" / "results.json").read_text())["status"] == "diverged"
+
+
+SMALL = {
+    "cnn": ["--dataset=digits", "--width=4"],
+    "resnet20": ["--dataset=digits", "--width=2"],
+    "transformer": ["--width=32", "--depth=2", "--batch=16"],
+    "gcn": ["--width=4"],
+}
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_models(tmp_path, model, capsys):
+    """Each starts from the same weights for every method, is cut, and learns."""
+    write_text(tmp_path)
+    write_graph(tmp_path)
+    line = ["--model", model, "--data", str(tmp_path), *SMALL[model], "--methods=dfa,bp,top"]
+    line += ["--out", str(tmp_path), "--name=run", "--threads=1", "--epochs=2"]
+    assert train.main(line) == 0, capsys.readouterr().err
+    history = json.loads((tmp_path / "run" / "results.json").read_text())["history"]
+    start, end = history[0], history[-1]
+    assert start["dfa"]["test_loss"] == start["bp"]["test_loss"] == start["top"]["test_loss"]
+    assert len({end[m]["test_loss"] for m in ("dfa", "bp", "top")}) == 3
+    assert start["dfa"]["alignment"][0] < 0.999  # of the first weights: they do not see backprop
+
+
+def test_the_top_layer_alone():
+    config, *_ = train.options([*TINY, "--methods=top"])
+    learner = train.Learner("top", config, data.load("digits"))
+    trained = [name for name, p in learner.model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 and trained[0].split(".")[0] == trained[1].split(".")[0] != "1"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])

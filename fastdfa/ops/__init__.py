@@ -17,6 +17,7 @@ from .reference import accumulation_dtype
 
 __all__ = [
     "activate_",
+    "aligned_width",
     "allow_tf32",
     "feedback",
     "feedback_dtype",
@@ -68,10 +69,14 @@ def feedback(
     On a CUDA device it is the first columns of a wider one, so that every row is aligned.
     """
     device = torch.device(device)
-    pad = -columns % _CUDA_ROW_ELEMENTS if device.type == "cuda" else 0
-    out = torch.empty(rows, columns + pad, dtype=dtype, device=device)
+    out = torch.empty(rows, aligned_width(columns, device), dtype=dtype, device=device)
     fill_feedback_(out, seed, stream, distribution)
-    return out[:, :columns] if pad else out
+    return out[:, :columns]
+
+
+def aligned_width(columns: int, device: torch.device) -> int:
+    """The columns to allocate so that every row of a feedback matrix is aligned on `device`."""
+    return columns + -columns % _CUDA_ROW_ELEMENTS if device.type == "cuda" else columns
 
 
 def feedback_dtype(device: torch.device, dtype: torch.dtype, classes: int) -> torch.dtype:

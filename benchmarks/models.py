@@ -1,0 +1,153 @@
+"""The networks of train.py: one architecture each, of torch's modules for backprop, cut for DFA.
+
+Both methods draw the same initial weights from the same seed, as a cut has no parameters.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastdfa
+from fastdfa.activations import MODULES
+
+
+def build(config, data, dfa):
+    """The network of `config.model` for samples like those of `data`, cut for DFA or not."""
+    torch.manual_seed(config.seed)
+    return MODELS[config.model](config, data, dfa)
+
+
+def activated(kind, dfa, activation, *arguments, **options):
+    """A layer of torch or fastdfa, "Linear" or "Conv2d", with its activation, as a list."""
+    if dfa:
+        return [getattr(fastdfa, kind)(*arguments, activation=activation, **options)]
+    return [getattr(nn, kind)(*arguments, **options), MODULES[activation]()]
+
+
+def head(dfa, features, classes):
+    """The last layer. Its input is the last feedback point; it learns by its true gradient."""
+    return (fastdfa if dfa else nn).Linear(features, classes)
+
+
+def point(dfa):
+    return fastdfa.FeedbackPoint() if dfa else nn.Identity()
+
+
+def dropout(rate):
+    return [nn.Dropout(rate)] if rate else []
+
+
+def mlp(config, data, dfa):
+    """`depth` hidden layers of `width` units."""
+    widths = [math.prod(data.shape)] + [config.width] * config.depth
+    layers = [nn.Flatten(), *dropout(config.input_dropout)]
+    for n_in, n_out in pairwise(widths):
+        layers += activated("Linear", dfa, config.activation, n_in, n_out)
+        layers += dropout(config.dropout)
+    return nn.Sequential(*layers, head(dfa, config.width, data.classes))
+
+
+def cnn(config, data, dfa):
+    """`depth` convolutions 5x5 of `width`, then 2 `width` channels, each pooled to half the size
+    and normalised; a hidden layer of 4 `width`; every layer is cut from the one before."""
+    channels = [data.shape[0], config.width] + [2 * config.width] * (config.depth - 1)
+    layers, size = dropout(config.input_dropout), data.shape[1]
+    for n_in, n_out in pairwise(channels):
+        layers += activated("Conv2d", dfa, config.activation, n_in, n_out, 5, padding=2)
+        layers += [nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(n_out)]
+        size = -(-size // 2)
+    layers += [nn.Flatten(), *dropout(config.dropout)]
+    hidden = 4 * config.width
+    layers += activated("Linear", dfa, config.activation, channels[-1] * size**2, hidden)
+    return nn.Sequential(*layers, *dropout(config.dropout), head(dfa, hidden, data.classes))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a skip (He et al. 2015, option A), trained inside by backprop."""
+
+    def __init__(self, n_in, n_out, stride, activation):
+        super().__init__()
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(n_out)
+        self.activation = MODULES[activation]()
+        self.stride, self.more_channels = stride, n_out - n_in
+
+    def forward(self, x):
+        h = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
+        skip = x[..., :: self.stride, :: self.stride]
+        return self.activation(h + F.pad(skip, (0, 0, 0, 0, 0, self.more_channels)))
+
+
+def resnet20(config, data, dfa):
+    """ResNet-20 of `width`, 2 and 4 `width` channels, cut after every block."""
+    width, activation = config.width, config.activation
+    stem = nn.Conv2d(data.shape[0], width, 3, padding=1, bias=False)
+    layers = [stem, nn.BatchNorm2d(width), MODULES[activation](), point(dfa)]
+    channels = [width] * 4 + [2 * width] * 3 + [4 * width] * 3
+    for n_in, n_out in pairwise(channels):
+        stride = 1 if n_in == n_out else 2
+        layers += [ResidualBlock(n_in, n_out, stride, activation), point(dfa)]
+    pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, *pooled, nn.Linear(4 * width, data.classes))
+
+
+class Transformer(nn.Module):
+    """A causal transformer over characters, cut after every block (arXiv 2006.12878)."""
+
+    def __init__(self, config, data, dfa):
+        super().__init__()
+        self.token = nn.Embedding(data.classes, config.width)
+        self.position = nn.Parameter(0.02 * torch.randn(data.shape[0], config.width))
+        self.blocks, self.points = nn.ModuleList(), nn.ModuleList()
+        for _ in range(config.depth):
+            self.blocks.append(
+                nn.TransformerEncoderLayer(
+                    config.width,
+                    nhead=max(config.width // 32, 1),
+                    dim_feedforward=4 * config.width,
+                    dropout=config.dropout,
+                    activation=MODULES[config.activation](),
+                    batch_first=True,
+                    norm_first=True,
+                )
+            )
+            self.points.append(point(dfa))
+        self.head = nn.Linear(config.width, data.classes)
+
+    def forward(self, x):  # [N, T] characters -> [N, T, classes]
+        h = self.token(x) + self.position
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
+        for block, cut in zip(self.blocks, self.points, strict=True):
+            h = cut(block(h, src_mask=mask.to(h.dtype), is_causal=True))
+        return self.head(h)
+
+
+class GCN(nn.Module):
+    """Graph convolutions f(A h W) of Kipf and Welling 2017, over one graph; each is cut."""
+
+    def __init__(self, config, data, dfa):
+        super().__init__()
+        linear = (fastdfa if dfa else nn).Linear
+        widths = [data.shape[-1]] + [config.width] * (config.depth - 1) + [data.classes]
+        self.layers = nn.ModuleList(linear(n_in, n_out) for n_in, n_out in pairwise(widths))
+        self.activation = MODULES[config.activation]()
+        self.input_dropout = nn.Dropout(config.input_dropout)
+        self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("adjacency", data.adjacency, persistent=False)
+
+    def spread(self, h):
+        return torch.sparse.mm(self.adjacency.to(h.dtype), h.squeeze(0)).unsqueeze(0)
+
+    def forward(self, x):  # [1, nodes, features] -> [1, nodes, classes]
+        h = self.input_dropout(x)
+        for layer in self.layers[:-1]:
+            h = self.dropout(self.activation(self.spread(layer(h))))
+        return self.spread(self.layers[-1](h))
+
+
+MODELS = {"mlp": mlp, "cnn": cnn, "resnet20": resnet20, "transformer": Transformer, "gcn": GCN}

@@ -84,7 +84,7 @@ TAKES = {
     "transformer": ("shakespeare",),
     "gcn": ("cora",),
 }
-# Chosen for DFA; backprop trains with the same.
+# Of the mlp chosen for DFA, of the others first guesses; backprop trains with the same.
 RECIPES = {
     "mlp": {"width": 1024, "depth": 3, "epochs": 20, "batch": 128, "input_dropout": 0.2},
     "cnn": {"width": 32, "depth": 3, "epochs": 20, "batch": 128, "dropout": 0.2},

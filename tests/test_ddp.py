@@ -135,7 +135,7 @@ def found(tmp_path_factory):
 
     try:
         ended = finish(processes, SECONDS)
-        ended = ended or (torch_works() and finish(processes, SECONDS))
+        ended = ended or (torch_works() and finish(processes, 3 * SECONDS))
     except torch.multiprocessing.ProcessRaisedException as error:
         if torch_works():
             raise
@@ -145,7 +145,7 @@ def found(tmp_path_factory):
             process.kill()
     if not torch_works():
         pytest.skip(f"two processes did not meet in {SECONDS} s: no loopback device?")
-    assert ended, f"torch alone works, the networks did not finish in {SECONDS} s more"
+    assert ended, f"torch alone works, the networks did not finish in {3 * SECONDS} s more"
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -14,6 +14,7 @@
 #include "activate.h"
 #include "fill_feedback.h"
 #include "gate.h"
+#include "gemm.h"
 #include "project_gate.h"
 
 namespace fastdfa {
@@ -254,7 +255,9 @@ inline void check_project_gate(const OpCall& call, const ProjectGateArguments& a
     call.check_dtype(name, saved, a.saved[0].scalar_type());
     STD_TORCH_CHECK(saved.size(0) == a.error.size(0), call.op, ": ", name, " must have ",
                     a.error.size(0), " rows, as error has, got shape ", text(saved));
-    call.activation_of(a.kinds[l]);
+    STD_TORCH_CHECK(call.activation_of(a.kinds[l]) == Activation::identity || a.params[l] >= 0,
+                    call.op, ": ", element("params", l), " must not be negative, got ",
+                    a.params[l]);
     widest = max(widest, saved.size(1));
   }
   for (size_t i = 0; !a.saved.empty() && i < a.feedback.size(); ++i)
@@ -393,5 +396,139 @@ inline ActivateParams activate_params(const OpCall& call, const Tensor& x,
   p.bias = bias->data_ptr();
   return p;
 }
+
+// linear_chain, weight_gradients ---------------------------------------------------------------
+
+// A matrix as the products read it, one of its strides being 1.
+inline Tensor with_a_unit_stride(const Tensor& t) {
+  return t.stride(0) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+inline void check_gemm_operand(const OpCall& call, const std::string& name, const Tensor& t,
+                               ScalarType type) {
+  call.check_matrix(name, t);
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, call.op, ": ", name,
+                  " must be float32 or float64, got dtype ", torch::headeronly::toString(type));
+  call.check_dtype(name, t, type);
+}
+
+inline void set_a(GemmProblem& g, const Tensor& a) {
+  g.a = a.data_ptr(), g.rows = a.size(0), g.depth = a.size(1);
+  g.a_row = a.stride(0), g.a_column = a.stride(1);
+}
+
+// Of the transposed matrix.
+inline void set_a_transposed(GemmProblem& g, const Tensor& a) {
+  g.a = a.data_ptr(), g.rows = a.size(1), g.depth = a.size(0);
+  g.a_row = a.stride(1), g.a_column = a.stride(0);
+}
+
+// The products of a chain, one after the other; each reads the result of the one before.
+class LinearChainWork {
+ public:
+  LinearChainWork(const OpCall& call, const Tensor& input, const std::vector<Tensor>& weights,
+                  const std::vector<std::optional<Tensor>>& biases,
+                  const std::vector<int64_t>& kinds, const std::vector<double>& params)
+      : x(input), weights(weights), biases(biases) {
+    check(call, input, kinds, params);
+    x = with_a_unit_stride(x);
+    for (size_t l = 0; l < weights.size(); ++l) {
+      const Tensor w = this->weights[l] = with_a_unit_stride(weights[l]);
+      GemmProblem g{};
+      set_a(g, results.empty() ? x : results.back());
+      g.b = w.data_ptr(), g.b_row = w.stride(1), g.b_column = w.stride(0);
+      g.columns = w.size(0), g.c_row = w.size(0);
+      results.push_back(call.empty({g.rows, g.columns}, input.scalar_type()));
+      g.c = results.back().data_ptr();
+      if (auto& bias = this->biases[l]) {
+        bias = torch::stable::contiguous(*bias);
+        g.bias = bias->data_ptr();
+      }
+      g.kind = call.activation_of(kinds[l]), g.param = params[l];
+      problems.push_back(g);
+    }
+  }
+
+  std::vector<GemmProblem> problems;
+  std::vector<Tensor> results;
+
+ private:
+  void check(const OpCall& call, const Tensor& input, const std::vector<int64_t>& kinds,
+             const std::vector<double>& params) const {
+    const size_t layers = weights.size();
+    STD_TORCH_CHECK(biases.size() == layers && kinds.size() == layers && params.size() == layers,
+                    call.op, ": biases, kinds and params must have one entry for each of the ",
+                    layers, " weights, got ", biases.size(), ", ", kinds.size(), " and ",
+                    params.size());
+    const ScalarType type = input.scalar_type();
+    check_gemm_operand(call, "x", input, type);
+    int64_t inputs = input.size(1);
+    for (size_t l = 0; l < layers; ++l) {
+      const std::string name = element("weights", l);
+      check_gemm_operand(call, name, weights[l], type);
+      STD_TORCH_CHECK(weights[l].size(1) == inputs, call.op, ": ", name, " must have ", inputs,
+                      " columns, as its input has, got shape ", text(weights[l]));
+      inputs = weights[l].size(0);
+      if (biases[l]) check_bias(call, element("biases", l), *biases[l], inputs, type);
+      STD_TORCH_CHECK(derivative_from_output(call.activation_of(kinds[l])), call.op,
+                      ": kind must be one whose derivative is a function of the output (0 .. 6), "
+                      "got ",
+                      kinds[l]);
+    }
+  }
+
+  static void check_bias(const OpCall& call, const std::string& name, const Tensor& bias,
+                         int64_t columns, ScalarType type) {
+    call.check_device(name, bias);
+    STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == columns, call.op, ": ", name,
+                    " must have shape [", columns, "], got ", text(bias));
+    call.check_dtype(name, bias, type);
+  }
+
+  // What the problems point into.
+  Tensor x;
+  std::vector<Tensor> weights;
+  std::vector<std::optional<Tensor>> biases;
+};
+
+// Independent products.
+class WeightGradientsWork {
+ public:
+  WeightGradientsWork(const OpCall& call, std::vector<Tensor> deltas_, std::vector<Tensor> inputs_)
+      : deltas(std::move(deltas_)), inputs(std::move(inputs_)) {
+    check(call);
+    for (size_t l = 0; l < deltas.size(); ++l) {
+      const Tensor d = deltas[l] = with_a_unit_stride(deltas[l]);
+      const Tensor x = inputs[l] = with_a_unit_stride(inputs[l]);
+      GemmProblem g{};
+      set_a_transposed(g, d);
+      g.b = x.data_ptr(), g.b_row = x.stride(0), g.b_column = x.stride(1);
+      g.columns = g.c_row = x.size(1);
+      results.push_back(call.empty({g.rows, g.columns}, d.scalar_type()));
+      g.c = results.back().data_ptr();
+      problems.push_back(g);
+    }
+  }
+
+  std::vector<GemmProblem> problems;
+  std::vector<Tensor> results;
+
+ private:
+  void check(const OpCall& call) const {
+    STD_TORCH_CHECK(deltas.size() == inputs.size(), call.op,
+                    ": inputs must have one entry for each of the ", deltas.size(), " deltas, got ",
+                    inputs.size());
+    for (size_t l = 0; l < deltas.size(); ++l) {
+      const ScalarType type = deltas[0].scalar_type();
+      check_gemm_operand(call, element("deltas", l), deltas[l], type);
+      check_gemm_operand(call, element("inputs", l), inputs[l], type);
+      STD_TORCH_CHECK(deltas[l].size(0) == inputs[l].size(0), call.op, ": ", element("inputs", l),
+                      " must have ", deltas[l].size(0), " rows, as its delta has, got shape ",
+                      text(inputs[l]));
+    }
+  }
+
+  std::vector<Tensor> deltas, inputs;
+};
 
 }  // namespace fastdfa

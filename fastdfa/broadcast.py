@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .activations import IDENTITY
-from .layers import as_matrix
-from .tape import Affine, Fed
+from .fused import as_matrix
+from .tape import Affine, Chain, Fed
 
 
 class Target(NamedTuple):
@@ -100,17 +100,36 @@ class Broadcast(torch.autograd.Function):
             + [blank.expand(e.shape[0], target.features) for target in group.projections],
         )
         grads: list[Tensor | None] = [None] * first
-        for layer, (affine, h, x) in enumerate(zip(group.affine, saved, inputs, strict=True)):
-            _, _, needs_weight, needs_bias = ctx.needs_input_grad[2 + first + 4 * layer :][:4]
-            delta = products.pop(0)  # so that it is freed before the next weight gradient
-            weight_grad = affine.weight_gradient(delta, h, x) if needs_weight else None
+        needs = ctx.needs_input_grad[2 + first :]
+        weight_grads = _weight_gradients(group.affine, products, saved, inputs, needs[2::4])
+        for layer, (affine, h, dtype) in enumerate(
+            zip(group.affine, saved, ctx.bias_dtypes, strict=True)
+        ):
             bias_grad = None
-            if needs_bias:
-                bias_grad = affine.bias_gradient(bias_sums[layer], h).to(ctx.bias_dtypes[layer])
-            grads += [None, None, weight_grad, bias_grad]
+            if needs[4 * layer + 3]:
+                bias_grad = affine.bias_gradient(bias_sums[layer], h).to(dtype)
+            grads += [None, None, weight_grads[layer], bias_grad]
         for token, index in zip(tokens, group.token_projection, strict=True):
-            grads.append(group.projections[index].shaped(products[index], token.shape))
+            product = products[layers + index]
+            grads.append(group.projections[index].shaped(product, token.shape))
         return None, error, *grads
+
+
+def _weight_gradients(
+    maps: Sequence[Affine],
+    deltas: list[Tensor],
+    saved: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of each layer that needs one; of those that have one map together."""
+    grads: list[Tensor | None] = [None] * len(maps)
+    for affine in dict.fromkeys(maps):
+        layers = [i for i, each in enumerate(maps) if each == affine and needed[i]]
+        columns = ([values[layer] for layer in layers] for values in (deltas, saved, inputs))
+        for layer, grad in zip(layers, affine.weight_gradients(*columns), strict=True):
+            grads[layer] = grad
+    return grads
 
 
 class BroadcastInTurn(torch.autograd.Function):
@@ -143,6 +162,52 @@ class BroadcastInTurn(torch.autograd.Function):
             blank = ctx.feedback.begin(error)
             grads[ctx.feedback.group.dense :] = [blank.expand(shape) for shape in ctx.shapes]
         return None, None, error, *grads
+
+
+def announce(y: Tensor, chains: list[tuple[Chain, Group, list[Tensor]]]) -> Tensor:
+    """y, whose error is left in backward with chains, which make the feedback of their layers."""
+    announced = _Announced()
+    for chain, group, dense in chains:
+        chain.fed.append(partial(announced.make, group, dense))
+    return _Announce.apply(announced, y, *[chain.token for chain, _, _ in chains])
+
+
+class _Announce(torch.autograd.Function):
+    """Passes the output y through; behind it the tokens of chains."""
+
+    @staticmethod
+    def forward(ctx, announced: _Announced, y: Tensor, *tokens: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.announced, ctx.dtypes = announced, [token.dtype for token in tokens]
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, error: Tensor | None):
+        if error is None:
+            return None, None, *[None] * len(ctx.dtypes)
+        ctx.announced.begin(error)
+        return None, error, *[error.new_zeros((), dtype=dtype) for dtype in ctx.dtypes]
+
+
+class _Announced:
+    """The error of one backward pass, until its end."""
+
+    error: Tensor | None = None
+
+    def begin(self, error: Tensor) -> None:
+        self.error = as_matrix(error.detach())
+        Variable._execution_engine.queue_callback(self.end)
+
+    def end(self) -> None:
+        self.error = None
+
+    def make(
+        self, group: Group, dense: list[Tensor], saved: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The deltas [M, n_l] of the layers of a chain that are fed, and their sums."""
+        saved = [as_matrix(h) for h in saved[: len(group.fused)]]
+        return _products(group, self.error, dense, group.fused, saved)
 
 
 class _InTurn:
@@ -224,7 +289,7 @@ def _products(
     saved: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The products [M, n_l] of e [M, C] for some targets of a group, and their sums over rows."""
-    products, sums = ops.project_gate(
+    return ops.project_gate(
         e,
         dense,
         saved,
@@ -237,4 +302,3 @@ def _products(
         distribution=group.distribution,
         allow_tf32=group.allow_tf32,
     )
-    return list(products), sums

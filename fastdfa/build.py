@@ -37,7 +37,8 @@ def build_info() -> dict[str, Any]:
 
     Returns a dict:
         fastdfa, torch, python: the running versions.
-        matrix_products: what multiplies float32 matrices on the CPU, "onednn" or "torch".
+        matrix_products: what multiplies float32 and float64 matrices in the fused layers on the
+            CPU, "fastdfa" or "torch".
         kernels: the device types that compiled kernels serve.
         fallback: device type -> why plain PyTorch runs there instead.
         cpu_capability: the instruction set in use ("baseline", "avx2", "avx512").

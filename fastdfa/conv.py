@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from . import activations, ops
 from .activations import Gate
-from .layers import activated, gated
+from .fused import activated, gated
 from .tape import Fed, cut, note_reader
 
 
@@ -123,7 +123,12 @@ class ConvolutionMap(NamedTuple):
     def fed_by_rows(self, saved: Tensor, rows: torch.Size) -> bool:
         return saved.shape[:1] == rows
 
-    def weight_gradient(self, delta: Tensor, saved: Tensor, x: Tensor) -> Tensor:
+    def weight_gradients(
+        self, deltas: list[Tensor], saved: list[Tensor], inputs: list[Tensor]
+    ) -> list[Tensor]:
+        return [self._weight_gradient(*each) for each in zip(deltas, saved, inputs, strict=True)]
+
+    def _weight_gradient(self, delta: Tensor, saved: Tensor, x: Tensor) -> Tensor:
         weight = x.new_empty(self.weight_shape)  # its shape is all that is read
         return self.gradients(self.tensor(delta, saved), x, weight, (False, True, False))[1]
 

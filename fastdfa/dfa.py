@@ -13,13 +13,17 @@ from torch.utils._pytree import tree_leaves
 
 from . import feedback as feedback_rules
 from . import graph, ops, plan
-from .broadcast import Broadcast, BroadcastInTurn, Group, Send, Target
+from .broadcast import Broadcast, BroadcastInTurn, Group, Send, Target, announce
 from .feedback import DenseCache, Feedback, Source
 from .ops.reference import accumulation_dtype
-from .tape import Point, Tape, state
+from .tape import Chain, Point, Receiver, Tape, state
 
 # Prefixes that wrappers add to names; B must not depend on them.
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+_MADE_AGAIN = (
+    "_layout", "_scales", "_streams", "_cache", "_seed_version", "_plan", "_names", "_places",
+)  # fmt: skip
 
 
 class Layout(NamedTuple):
@@ -149,7 +153,34 @@ class DFA(nn.Module):
     def _broadcast(self, tape: Tape, y: Any) -> Any:
         """Returns y with the backward of DFA behind it."""
         _check_output(y, self.output)
-        points = tape.in_order()
+        units = tape.in_order()
+        seed = self._read_seed(self._key)
+        key = None
+        if not torch.compiler.is_compiling():
+            key = plan.key(units, y)
+        if key is not None:
+            settings = (self.feedback, ops.allow_tf32(y.device, torch.float32))
+            key = (*key, tape.in_turn, seed, *settings)
+        made = self._plan
+        if made is None or key is None or made.key != key:
+            made = self._planned(tape, units, y, key, seed)
+            self._plan = None if key is None else made
+        elif any(unit.modified for unit in units):
+            points = plan.expanded(units)
+            plan.check_unmodified(points, self._name(points))
+        y = self._fed(made.nodes, plan.receivers(units, made.chains), y)
+        if not made.chains:
+            return y
+        chains = [(node, units[node.unit]) for node in made.chains]
+        return announce(y, [(chain, node.group, node.dense) for node, chain in chains])
+
+    def _planned(
+        self, tape: Tape, units: list[Point | Chain], y: Tensor, key: Any, seed: int
+    ) -> plan.Plan:
+        """Checks a forward pass and plans its backward."""
+        every = plan.expanded(units)
+        places = plan.fed(every)
+        points = [every[place] for place in places]
         eager = not torch.compiler.is_compiling()
         names = self._name(points)
         features = [
@@ -163,49 +194,67 @@ class DFA(nn.Module):
         if eager and Layout(classes, sizes) != self._layout:
             graph.check(self, tape, points, names, y)
         if not points:
-            return y
+            return plan.Plan(key, [], [])
         scales, streams = self._settle(classes, sizes)
-        targets = [
-            plan.target_of(point, y, n, scale, stream, self._keeps_dense(classes, features, point))
-            for point, n, scale, stream in zip(points, features, scales, streams, strict=True)
+        feeds = [
+            plan.feed_of(
+                point, place, y, n, scale, stream, self._keeps_dense(classes, features, point)
+            )
+            for point, place, n, scale, stream in zip(
+                points, places, features, scales, streams, strict=True
+            )
         ]
         if eager:
             plan.check_unmodified(points, names)
-        seed = self._read_seed(self._key)
-        # What passes through the groups of each device: y itself, or what stands for it there.
+        widest = max(features)
+        whole = plan.whole_chains(units, dict(zip(places, feeds, strict=True)), y.device)
+        chains = []
+        for unit, its in whole.items():
+            kind = (units[unit].saved[0].dtype, y.device)
+            node = self._node(plan.Batch(*kind, its, [], False), seed, classes, widest)
+            chains.append(plan.ChainNode(node.group, node.dense, unit))
+        in_chains = {feed.place for its in whole.values() for feed in its}
+        left = [pair for pair in zip(points, feeds, strict=True) if pair[1].place not in in_chains]
+        nodes = []
+        if left:
+            batches = plan.batches(*map(list, zip(*left, strict=True)), eager and tape.in_turn)
+            nodes = [self._node(batch, seed, classes, widest) for batch in reversed(batches)]
+        return plan.Plan(key, nodes, chains)
+
+    def _fed(self, nodes: list[plan.Node], receivers: list[Receiver], y: Tensor) -> Tensor:
+        """y behind all the nodes."""
+        # What passes through the nodes of each device: y itself, or what stands for it there.
         passing = {y.device: y}
-        # Applied from the input up, so that the top group is the first in backward.
-        for batch in reversed(plan.batches(points, targets, eager and tape.in_turn)):
-            group, tensors = self._group(batch, seed, classes, max(features))
-            if batch.device not in passing:
-                passing[batch.device] = y.new_empty((), device=batch.device).expand(y.shape)
-            passed = passing[batch.device]
-            if batch.fed is None:
-                passed = Broadcast.apply(group, passed, *tensors)
+        for node in nodes:
+            device, tensors = node.group.device, node.tensors(receivers)
+            if torch.compiler.is_compiling():
+                tensors = plan.without_repeats(tensors)
+            if device not in passing:
+                passing[device] = y.new_empty((), device=device).expand(y.shape)
+            if node.gate is None:
+                passing[device] = Broadcast.apply(node.group, passing[device], *tensors)
             else:
-                passed = BroadcastInTurn.apply(group, batch.fed, passed, *tensors)
-            passing[batch.device] = passed
+                pairs = zip(node.tokens, node.gate, strict=True)
+                fed = [receivers[place][5] if gate else None for place, gate in pairs]
+                passing[device] = BroadcastInTurn.apply(node.group, fed, passing[device], *tensors)
         y = passing.pop(y.device)
         for there in passing.values():
             y = Send.apply(y, there)
         return y
 
-    def _group(
-        self, batch: plan.Batch, seed: int, classes: int, widest: int
-    ) -> tuple[Group, list[Tensor | None]]:
-        """The node's description, and its tensors in the order that `Broadcast` expects."""
+    def _node(self, batch: plan.Batch, seed: int, classes: int, widest: int) -> plan.Node:
         rule = self.feedback
         projections: list[Target] = []
-        for target, _ in batch.tokens:
-            if target not in projections:
-                projections.append(target)
-        targets = [target for target, _ in batch.fused] + projections
-        dense = self._dense_matrices(targets, seed, classes, widest, batch)
+        for feed in batch.tokens:
+            if feed.target not in projections:
+                projections.append(feed.target)
+        fused = tuple(feed.target for feed in batch.fused)
+        dense = self._dense_matrices([*fused, *projections], seed, classes, widest, batch)
         group = Group(
-            fused=tuple(target for target, _ in batch.fused),
-            affine=tuple(record.affine for _, record in batch.fused),
+            fused=fused,
+            affine=tuple(feed.affine for feed in batch.fused),
             projections=tuple(projections),
-            token_projection=tuple(projections.index(target) for target, _ in batch.tokens),
+            token_projection=tuple(projections.index(feed.target) for feed in batch.tokens),
             dtype=batch.dtype,
             device=batch.device,
             seed=seed,
@@ -215,11 +264,13 @@ class DFA(nn.Module):
             allow_tf32=ops.allow_tf32(batch.device, batch.dtype),
             dense=len(dense),
         )
-        tensors: list[Tensor | None] = [*dense]
-        for _, record in batch.fused:
-            tensors += [record.saved, record.input, record.weight, record.bias]
-        tensors += [token for _, token in batch.tokens]
-        return group, plan.without_repeats(tensors) if torch.compiler.is_compiling() else tensors
+        return plan.Node(
+            group,
+            dense,
+            [feed.place for feed in batch.fused],
+            [feed.place for feed in batch.tokens],
+            [feed.fused for feed in batch.tokens] if batch.in_turn else None,
+        )
 
     def _dense_matrices(
         self, targets: list[Target], seed: int, classes: int, widest: int, batch: plan.Batch
@@ -310,13 +361,19 @@ class DFA(nn.Module):
             names.append(name if calls == 1 else f"{name}#{calls}")
         return names
 
+    def place(self, layer: nn.Module) -> tuple[nn.Sequential | None, int]:
+        """In which `nn.Sequential` a layer stands, and where."""
+        return self._places.get(layer, (None, 0))
+
     def _find_names(self) -> None:
-        names = {}
+        self._names: dict[nn.Module, str] = {}
+        self._places: dict[nn.Module, tuple[nn.Sequential, int]] = {}
         for name, module in self.module.named_modules():
             for prefix in _WRAPPER_PREFIXES:
                 name = name.replace(prefix, "")
-            names[module] = name
-        self._names = names
+            self._names[module] = name
+            if type(module) is nn.Sequential:
+                self._places |= {layer: (module, i) for i, layer in enumerate(module)}
 
     # The tap: a hook without a reference to this root, found by it when it runs.
 
@@ -337,12 +394,12 @@ class DFA(nn.Module):
         self._streams: tuple[int, ...] = ()
         self._cache = DenseCache()
         self._seed_version: tuple[Tensor, int] | None = None
+        self._plan: plan.Plan | None = None
         self._find_names()
         self._install_tap()
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_layout", "_scales", "_streams", "_cache", "_seed_version", "_names")
-        return {k: v for k, v in self.__dict__.items() if k not in made_again}
+        return {k: v for k, v in self.__dict__.items() if k not in _MADE_AGAIN}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         super().__setstate__(attributes)

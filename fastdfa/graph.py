@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from .activations import KINDS
+from .chain import functions_behind, separate
 from .conv import Conv1d, Conv2d
 from .layers import Linear
-from .tape import LayerRecord, Point, Tape
+from .tape import Edge, LayerRecord, Point, Tape
 
 if TYPE_CHECKING:
     from .dfa import DFA
-
-# An edge of the graph: a node and which of its outputs.
-Edge = tuple[Node, int]
 
 _SQUASHED = ("LogSoftmax", "Softmax", "Sigmoid", "LogSigmoid")
 
@@ -73,8 +71,12 @@ class _Regions:
                 parameters.append(leaf)
                 continue
             seen.add(edge)
-            waiting += edge[0].next_functions
+            waiting += functions_behind(edge)
         return seen
+
+    def parts(self, source: int) -> set[Node | Edge]:
+        """What a source reaches, by nodes; of the node of a chain by its layers."""
+        return {separate(edge) for edge in self.reached[source]}
 
     def follows(self, later: int, earlier: int) -> bool:
         """Whether a source is computed, through cuts, from what reads point `earlier`."""
@@ -86,8 +88,8 @@ class _Regions:
             if source in seen:
                 continue
             seen.add(source)
-            nodes = {node for node, _ in self.reached[source]}
-            behind = [p for p, readers in self.readers.items() if nodes & readers]
+            parts = self.parts(source)
+            behind = [p for p, readers in self.readers.items() if parts & readers]
             if earlier in behind:
                 return True
             waiting += behind
@@ -104,17 +106,17 @@ def _leaf(node: Node) -> Tensor | None:
 
 def _check_bypass(regions: _Regions, names: list[str]) -> None:
     points = {edge: point for point, edge in enumerate(regions.edges)}
-    owners: dict[Node, list[int]] = {}
+    owners: dict[Node | Edge, list[int]] = {}
     for source, reached in enumerate(regions.reached):
         for point in sorted(points[edge] for edge in points.keys() & reached):
             if point != source:
                 raise RuntimeError(_bypass_message(names[point], names[source]))
-        nodes = {node for node, _ in reached}
-        for earlier in sorted({owner for node in nodes for owner in owners.get(node, ())}):
+        parts = regions.parts(source)
+        for earlier in sorted({owner for part in parts for owner in owners.get(part, ())}):
             if regions.follows(source, earlier):
                 raise RuntimeError(_bypass_message(names[earlier], names[source]))
-        for node in nodes:
-            owners.setdefault(node, []).append(source)
+        for part in parts:
+            owners.setdefault(part, []).append(source)
 
 
 def _check_reentrant(regions: _Regions, skipped: nn.Module) -> None:
@@ -146,13 +148,13 @@ def _edge(x: Tensor) -> Edge:
     return edge.node, edge.output_nr
 
 
-def _readers(tape: Tape, points: list[Point]) -> dict[int, set[Node]]:
-    """For each point that layers read: the nodes that made their outputs."""
+def _readers(tape: Tape, points: list[Point]) -> dict[int, set[Node | Edge]]:
+    """For each point that layers read: what made their outputs."""
     index = {id(point.tensor): number for number, point in enumerate(points)}
-    readers: dict[int, set[Node]] = {}
-    for x, node in tape.readers:
+    readers: dict[int, set[Node | Edge]] = {}
+    for x, edge in tape.reads():
         if id(x) in index:
-            readers.setdefault(index[id(x)], set()).add(node)
+            readers.setdefault(index[id(x)], set()).add(separate(edge))
     return readers
 
 

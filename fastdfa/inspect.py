@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import graph, plan
 from .dfa import DFA
-from .tape import LayerRecord, Tape
+from .tape import Receiver, Tape
 
 
 class Row(NamedTuple):
@@ -151,36 +151,35 @@ class _Sources:
     @contextmanager
     def between(self, root: DFA, prefix: str) -> Iterator[None]:
         """Stands between a root and all that it is about to feed, and puts the hooks there."""
-        broadcast, group = root._broadcast, root._group
-        source_of: dict[int, int] = {}  # by what receives the feedback: a layer or a tensor
+        broadcast, fed = root._broadcast, root._fed
+        source_of: dict[int, int] = {}  # by the place of what receives the feedback
 
         def hooked_broadcast(tape: Tape, y: Any) -> Any:
             tape.in_turn = False
-            points = tape.in_order()
-            for point, name in zip(points, root._name(points), strict=True):
-                source = self._add(root, prefix + name)
-                source_of[id(point.target)] = source
-                if isinstance(point.target, LayerRecord):  # which may not be fused after all
-                    source_of[id(point.target.output)] = source
+            points = plan.expanded(tape.in_order())
+            places = plan.fed(points)
+            names = root._name([points[place] for place in places])
+            source_of.clear()
+            for place, name in zip(places, names, strict=True):
+                source_of[place] = self._add(root, prefix + name)
             if isinstance(y, Tensor) and y.requires_grad:
                 self._hook(y, self._add(root, None))
             return broadcast(tape, y)
 
-        def hooked_group(batch: plan.Batch, *args: Any) -> Any:
-            fused, tokens = [], []
-            for target, record in batch.fused:
-                source = source_of[id(record)]
-                weight, bias = self._alias(record.weight, source), self._alias(record.bias, source)
-                fused.append((target, record._replace(weight=weight, bias=bias)))
-            for target, token in batch.tokens:
-                tokens.append((target, self._alias(token, source_of[id(token)])))
-            return group(batch._replace(fused=fused, tokens=tokens), *args)
+        def hooked_fed(nodes: list[plan.Node], receivers: list[Receiver], y: Tensor) -> Tensor:
+            aliased = list(receivers)
+            for place, source in source_of.items():
+                saved, x, *trained, fed_in_turn = receivers[place]
+                trained = [self._alias(tensor, source) for tensor in trained]
+                aliased[place] = (saved, x, *trained, fed_in_turn)
+            return fed(nodes, aliased, y)
 
-        root._broadcast, root._group = hooked_broadcast, hooked_group
+        root._broadcast, root._fed = hooked_broadcast, hooked_fed
+        root.place = lambda layer: (None, 0)  # no chains: their layers share one node
         try:
             yield
         finally:
-            del root._broadcast, root._group
+            del root._broadcast, root._fed, root.place
 
     def _add(self, root: DFA, point: str | None) -> int:
         self.all.append(_Source(root, point))

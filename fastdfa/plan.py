@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from math import prod
 from operator import index
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .activations import IDENTITY
-from .broadcast import Target
-from .tape import Fed, LayerRecord, Point
+from .broadcast import Group, Target
+from .tape import Affine, Chain, LayerRecord, Point, Receiver
 
 # The deltas of one group of layers exist at a time: of one layer, or of as many as fit in this. At
 # its peak backprop holds two gradients of a layer's size: a step takes 279 MiB against its 288 at
@@ -20,19 +20,137 @@ from .tape import Fed, LayerRecord, Point
 WORKSPACE_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
 
 
+class Feed(NamedTuple):
+    """A product to make, and what takes it: a point by its place among the receivers."""
+
+    target: Target
+    place: int
+    affine: Affine | None  # of the layer whose gate is fused; None: an output or a token takes it
+
+    @property
+    def fused(self) -> bool:
+        return self.affine is not None
+
+
 class Batch(NamedTuple):
     """Points that one `Broadcast` feeds, newest first."""
 
     dtype: torch.dtype
     device: torch.device
-    fused: list[tuple[Target, LayerRecord]]
-    tokens: list[tuple[Target, Tensor]]
-    fed: list[Fed | None] | None = None  # for each token, where all are fed in turn
+    fused: list[Feed]
+    tokens: list[Feed]
+    in_turn: bool  # one by one, by a `BroadcastInTurn`
 
 
-def batches(
-    points: list[Point], targets: list[tuple[Target, LayerRecord | Tensor]], in_turn: bool
-) -> list[Batch]:
+class Node(NamedTuple):
+    """One `Broadcast` or `BroadcastInTurn`, but for what is new in every forward pass."""
+
+    group: Group
+    dense: list[Tensor]
+    fused: list[int]  # places of the layers, and of the tokens
+    tokens: list[int]
+    gate: list[bool] | None  # in turn: whether what stands at a token gates its own feedback
+
+    def tensors(self, receivers: list[Receiver]) -> list[Tensor | None]:
+        """In the order that `Broadcast` expects."""
+        tensors: list[Tensor | None] = [*self.dense]
+        for place in self.fused:
+            tensors += receivers[place][:4]
+        tensors += [receivers[place][4] for place in self.tokens]
+        return tensors
+
+
+class ChainNode(NamedTuple):
+    """The feedback of a whole chain, which its own node makes."""
+
+    group: Group
+    dense: list[Tensor]
+    unit: int  # which of the tape
+
+
+class Plan(NamedTuple):
+    """What a forward pass has in common with others of the same `key`."""
+
+    key: Any
+    nodes: list[Node]  # from the input up, so that the top group is the first in backward
+    chains: list[ChainNode]
+
+
+def key(units: list[Point | Chain], y: Tensor) -> tuple[Any, ...] | None:
+    """All that the plan of a forward pass follows from; None where it serves this pass alone.
+
+    By it a step finds its plan at a tenth of the cost of making one (32 layers).
+    """
+    parts: list[Any] = [y.shape, y.device]
+    first: dict[int, int] = {}  # by tensor: of several points that read one the first is fed
+    for unit in units:
+        if isinstance(unit, Chain):
+            if any(map(_watched, unit.outputs)):
+                return None
+            h = unit.saved[0]
+            parts.append((unit.layers[0], *unit.readers, *unit.gates, h.shape, h.dtype, h.device))
+            continue
+        x, target = unit.tensor, unit.target
+        if _watched(x):
+            return None
+        layer = isinstance(target, LayerRecord)
+        of_layer = (target.gate, target.affine, target.saved.stride()) if layer else unit.shape
+        place = first.setdefault(id(x), len(first))
+        parts.append(
+            (unit.layer, unit.rows, x.shape, x.stride(), x.dtype, x.device, of_layer, place)
+        )
+    return tuple(parts)
+
+
+def expanded(units: list[Point | Chain]) -> list[Point]:
+    """The points, those of chains among them, from the input up."""
+    points: list[Point] = []
+    for unit in units:
+        points += unit.points() if isinstance(unit, Chain) else [unit]
+    return points
+
+
+def receivers(units: list[Point | Chain], whole: list[ChainNode]) -> list[Receiver | None]:
+    """What takes the feedback of each of the points; None for those of whole chains."""
+    apart = {chain.unit for chain in whole}
+    found: list[Receiver | None] = []
+    for i, unit in enumerate(units):
+        if i in apart:
+            found += [None] * len(unit.readers)
+        elif isinstance(unit, Chain):
+            found += [point.receiver for point in unit.points()]
+        else:
+            found.append(unit.receiver)
+    return found
+
+
+def whole_chains(
+    units: list[Point | Chain], feeds: dict[int, Feed], device: torch.device
+) -> dict[int, list[Feed]]:
+    """The chains, by their places on the tape, that are fed as one by an error on `device`."""
+    chains: dict[int, list[Feed]] = {}
+    place = 0
+    for i, unit in enumerate(units):
+        if not isinstance(unit, Chain):
+            place += 1
+            continue
+        its = [feeds.get(place + k) for k in range(len(unit.readers))]
+        place += len(its)
+        here = unit.saved[0].device == device
+        if its and here and all(feed is not None and feed.fused for feed in its):
+            chains[i] = its
+    return chains
+
+
+def fed(points: list[Point]) -> list[int]:
+    """The places of the points that are fed: of several that read one tensor, the first."""
+    first: dict[int, int] = {}
+    for place, point in enumerate(points):
+        first.setdefault(id(point.tensor), place)
+    return list(first.values())
+
+
+def batches(points: list[Point], feeds: list[Feed], in_turn: bool) -> list[Batch]:
     """Points by batches, from the output down: fused layers as many as the workspace holds.
 
     Tokens go with the first batch of their kind: autograd runs all the nodes at the output
@@ -42,45 +160,38 @@ def batches(
     64).
     """
     sizes = [x.tensor.numel() * x.tensor.dtype.itemsize for x in points]
-    fused = all(isinstance(goal, LayerRecord) for _, goal in targets)
-    smallest = min(_workspace(point.tensor.device) for point in points)
-    if in_turn and not fused and sum(sizes) > smallest:
-        return _one_by_one(points, targets)
+    smallest = min(workspace(point.tensor.device) for point in points)
+    if in_turn and not all(feed.fused for feed in feeds) and sum(sizes) > smallest:
+        return _one_by_one(points, feeds)
     batches: list[Batch] = []
     first: dict[tuple[torch.dtype, torch.device], Batch] = {}
     room = 0
-    for point, (target, goal), size in reversed(list(zip(points, targets, sizes, strict=True))):
+    for point, feed, size in reversed(list(zip(points, feeds, sizes, strict=True))):
         kind = (point.tensor.dtype, point.tensor.device)
-        fused = isinstance(goal, LayerRecord)
-        if kind not in first or (fused and (size > room or kind != batches[-1][:2])):
-            batches.append(Batch(*kind, [], []))
+        if kind not in first or (feed.fused and (size > room or kind != batches[-1][:2])):
+            batches.append(Batch(*kind, [], [], False))
             first.setdefault(kind, batches[-1])
-            room = max(_workspace(kind[1]), size)
-        if fused:
-            batches[-1].fused.append((target, goal))
+            room = max(workspace(kind[1]), size)
+        if feed.fused:
+            batches[-1].fused.append(feed)
             room -= size
         else:
-            first[kind].tokens.append((target, goal))
+            first[kind].tokens.append(feed)
     return batches
 
 
-def _one_by_one(
-    points: list[Point], targets: list[tuple[Target, LayerRecord | Tensor]]
-) -> list[Batch]:
+def _one_by_one(points: list[Point], feeds: list[Feed]) -> list[Batch]:
     """Batches whose points are fed in turn; one of those whose feedback a hook wants to see."""
     batches: dict[tuple[torch.dtype, torch.device, bool], Batch] = {}
-    for point, (target, goal) in reversed(list(zip(points, targets, strict=True))):
-        layer = isinstance(goal, LayerRecord)
-        in_turn = goal is point.target
+    for point, feed in reversed(list(zip(points, feeds, strict=True))):
+        in_turn = feed.fused or not isinstance(point.target, LayerRecord)
         kind = (point.tensor.dtype, point.tensor.device)
-        batch = batches.setdefault((*kind, in_turn), Batch(*kind, [], [], [] if in_turn else None))
-        batch.tokens.append((target, goal.output if layer else goal))
-        if in_turn:
-            batch.fed.append(goal.fed if layer else None)
+        batches.setdefault((*kind, in_turn), Batch(*kind, [], [], in_turn)).tokens.append(feed)
     return list(batches.values())
 
 
-def _workspace(device: torch.device) -> int:
+def workspace(device: torch.device) -> int:
+    """The bytes that the deltas of a group of layers may take."""
     return WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
 
 
@@ -107,22 +218,21 @@ def features_of(point: Point, name: str, y: Tensor) -> int:
     )
 
 
-def target_of(
-    point: Point, y: Tensor, features: int, scale: float, stream: int, dense: bool
-) -> tuple[Target, LayerRecord | Tensor]:
-    """The product for a point, and what takes it: the layer itself where its gate can be fused.
+def feed_of(
+    point: Point, place: int, y: Tensor, features: int, scale: float, stream: int, dense: bool
+) -> Feed:
+    """The product for a point, gated where what takes it is a layer whose gate can be fused.
 
     `dense`: whether B is kept, so that its columns can lie as the point does in memory.
     """
-    goal = point.target
+    layer = point.target
     order = _channels_last(point, y) if dense else ()
-    if isinstance(goal, LayerRecord):
-        in_order = goal.saved.is_contiguous() or order
-        fits = in_order and goal.affine.fed_by_rows(goal.saved, y.shape[:-1])
-        if fits and not _watched(goal.output):
-            return Target(*goal.gate, scale, stream, features, order), goal
-        goal = goal.output
-    return Target(IDENTITY, 0.0, scale, stream, features, order), goal
+    if isinstance(layer, LayerRecord):
+        in_order = layer.saved.is_contiguous() or order
+        fits = in_order and layer.affine.fed_by_rows(layer.saved, y.shape[:-1])
+        if fits and not _watched(layer.output):
+            return Feed(Target(*layer.gate, scale, stream, features, order), place, layer.affine)
+    return Feed(Target(IDENTITY, 0.0, scale, stream, features, order), place, None)
 
 
 def _channels_last(point: Point, y: Tensor) -> tuple[int, ...]:
@@ -153,7 +263,7 @@ def without_repeats(tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 def check_unmodified(points: list[Point], names: list[str]) -> None:
     for point, name in zip(points, names, strict=True):
-        if isinstance(point.target, LayerRecord) and point.target.modified:
+        if point.modified:
             raise RuntimeError(
                 f"the input or the output of the layer before {name!r} was modified by an in-place "
                 "operation after that layer ran, and its gradient needs both as they were"

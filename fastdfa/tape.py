@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple, Protocol
 
@@ -30,8 +31,13 @@ class State(threading.local):
 state = State()
 
 
+# An edge of the graph: a node and which of its outputs.
+Edge = tuple[Node, int]
+
 # Holds, when a layer's turn has come, what makes delta and its sums from the matrix of `saved`.
 Fed = list[Callable[[Tensor], tuple[Tensor, Tensor]]]
+# The same of all layers of a chain that are fed.
+ChainFed = Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 
 
 class Affine(Protocol):
@@ -67,8 +73,15 @@ class Affine(Protocol):
     def bias_gradient(self, sums: Tensor, saved: Tensor) -> Tensor:
         """From the sums over the rows of the matrix delta."""
 
-    def weight_gradient(self, delta: Tensor, saved: Tensor, x: Tensor) -> Tensor:
-        """From the matrix delta and the layer's input."""
+    def weight_gradients(
+        self, deltas: list[Tensor], saved: list[Tensor], inputs: list[Tensor]
+    ) -> list[Tensor]:
+        """Of layers that have this map, from their matrices delta and their inputs."""
+
+
+# What takes the feedback of a point. Of a layer: saved, input, weight, bias, its output and `fed`;
+# else only the token, in the place of the output.
+Receiver = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor, Fed | None]
 
 
 class LayerRecord(NamedTuple):
@@ -83,7 +96,10 @@ class LayerRecord(NamedTuple):
     affine: Affine
     fed: Fed | None  # where the layer finds what makes its delta; None where it is compiled
     versions: tuple[int, int] | None  # of `saved` and `input`; None where the layer is compiled
-    previous: LayerRecord | None
+
+    @property
+    def receiver(self) -> Receiver:
+        return self.saved, self.input, self.weight, self.bias, self.output, self.fed
 
     @property
     def modified(self) -> bool:
@@ -98,12 +114,100 @@ class Point(NamedTuple):
     tensor: Tensor
     target: LayerRecord | Tensor  # a layer whose gate is fused, or the token of `tensor`
     rows: int | None  # leading dimensions that are rows, where the layer says so
-    previous: Point | None
+    previous: Point | Chain | None
 
     @property
     def shape(self) -> torch.Size:
         """Of the feedback: that of `tensor`, but for its positions."""
         return self.tensor.shape if isinstance(self.target, LayerRecord) else self.target.shape
+
+    @property
+    def modified(self) -> bool:
+        """Whether what the layer below needs was changed in place since."""
+        return isinstance(self.target, LayerRecord) and self.target.modified
+
+    @property
+    def receiver(self) -> Receiver:
+        if isinstance(self.target, LayerRecord):
+            return self.target.receiver
+        return None, None, None, None, self.target, None
+
+
+class Chain:
+    """Layers of an `nn.Sequential` that were computed at once, ahead of their calls; see `chain`.
+
+    On the tape it stands for the points at the outputs that were read so far.
+    """
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        gates: list[Gate],
+        inputs: list[Tensor],
+        weights: list[Tensor],
+        biases: list[Tensor | None],
+        saved: list[Tensor],
+        affine: Affine,
+    ) -> None:
+        self.layers, self.gates, self.affine = layers, gates, affine
+        self.inputs, self.weights, self.biases = inputs, weights, biases
+        self.saved = saved  # what the gates read
+        self.versions = [h._version for h in saved]
+        self.input_version = inputs[0]._version
+        self.outputs: tuple[Tensor, ...] = ()
+        self.token: Tensor | None = None  # announces the feedback of all that were read
+        self.fed: list[ChainFed] = []
+        self.called = 1  # layers, of which the last is the newest
+        self.readers: list[nn.Module] = []  # of the outputs of all of these, or of all but the last
+        self.previous: Point | Chain | None = None
+
+    def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The output of the next layer, where this is it and x the output of the one before."""
+        i = self.called
+        if i == len(self.layers) or layer is not self.layers[i] or x is not self.outputs[i - 1]:
+            return None
+        if len(self.readers) == i or x._version != self.versions[i - 1]:
+            return None
+        self.readers.append(layer)
+        self.called = i + 1
+        return self.outputs[i]
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """What was cut last."""
+        return self.outputs[len(self.readers) - 1] if self.readers else None
+
+    @property
+    def output(self) -> Tensor:
+        """Of the newest layer."""
+        return self.outputs[self.called - 1]
+
+    @property
+    def modified(self) -> bool:
+        """As of a `Point`, of any."""
+        if self.inputs[0]._version != self.input_version:
+            return True
+        return [h._version for h in self.saved] != self.versions
+
+    def points(self) -> list[Point]:
+        return [
+            Point(reader, self.outputs[i], self._record(i), None, None)
+            for i, reader in enumerate(self.readers)
+        ]
+
+    def _record(self, i: int) -> LayerRecord:
+        before = self.versions[i - 1] if i else self.input_version
+        return LayerRecord(
+            self.outputs[i],
+            self.saved[i],
+            self.inputs[i],
+            self.weights[i],
+            self.biases[i],
+            self.gates[i],
+            self.affine,
+            [],
+            (self.versions[i], before),
+        )
 
 
 class Token(torch.autograd.Function):
@@ -154,9 +258,10 @@ class Tape:
     def __init__(self, root: nn.Module, inputs: list[Tensor], tap: nn.Module | None) -> None:
         self.root = root
         self.inputs = inputs  # tensors given to the root that require grad: never points
-        self.points: Point | None = None
-        self.layers: LayerRecord | None = None
-        self.readers: list[tuple[Tensor, Node]] = []  # a cut tensor, and what a layer made of it
+        self.points: Point | Chain | None = None
+        self.newest: LayerRecord | Chain | None = None  # the layers, of which one may be read next
+        self.chain: Chain | None = None  # the newest
+        self.readers: list[tuple[Tensor, Edge]] = []  # a cut tensor, and what a layer made of it
         self.skipped: nn.Module | None = None  # a layer that was called with gradients disabled
         self.in_turn = True  # whether points may be fed one by one; not where hooks replace that
         self.tap = tap  # the module at whose output the error is taken, and
@@ -168,26 +273,32 @@ class Tape:
             if x is given:
                 return x
         if self.points is None or self.points.tensor is not x:
-            newest = self.layers
+            newest = self.newest
             fused = newest is not None and newest.output is x and rows is None
             if features is not None:
                 target = SpreadToken.apply(x, rows, features)
+            elif isinstance(newest, Chain) and fused:
+                newest.readers.append(layer)
+                return x.detach()
             else:
                 target = newest if fused else Token.apply(x)
             self.points = Point(layer, x, target, rows, self.points)
         return x.detach()
 
-    def in_order(self) -> list[Point]:
-        """The points from the input up; of several that read one tensor, the first."""
-        points = []
+    def reads(self) -> list[tuple[Tensor, Edge]]:
+        """Cut tensors, and what a layer made of each."""
+        chains = [unit for unit in self.in_order() if isinstance(unit, Chain)]
+        pairs = [pair for chain in chains for pair in pairwise(chain.outputs[: chain.called])]
+        return self.readers + [(x, (h.grad_fn, h.output_nr)) for x, h in pairs]
+
+    def in_order(self) -> list[Point | Chain]:
+        """What is on the tape, from the input up."""
+        units = []
         newest = self.points
         while newest is not None:
-            points.append(newest)
+            units.append(newest)
             newest = newest.previous
-        by_tensor: dict[int, Point] = {}
-        for point in reversed(points):
-            by_tensor.setdefault(id(point.tensor), point)
-        return list(by_tensor.values())
+        return units[::-1]
 
 
 def cut(
@@ -211,4 +322,4 @@ def note_reader(x: Tensor, output: Tensor) -> None:
     tape = state.tape
     if tape is None or torch.compiler.is_compiling() or output.grad_fn is None:
         return
-    tape.readers.append((x, output.grad_fn))
+    tape.readers.append((x, (output.grad_fn, output.output_nr)))

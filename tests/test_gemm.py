@@ -1,51 +1,151 @@
 """The matrix products of the fused layers: right by either library, and counted as FLOPs."""
 
+import itertools
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from formulas import ACTIVATIONS
 from networks import assert_close, mlp, randn
+from test_ops import FROM_OUTPUT, KINDS, REFUSED, needs_extension
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdfa import gemm
+import fastdfa
+from fastdfa import gemm, ops
+from fastdfa.ops import reference
 
-needs_onednn = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
-)
+TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-13}
 
 
-@pytest.fixture(params=["torch", pytest.param("onednn", marks=needs_onednn)])
+@pytest.fixture(params=["torch", pytest.param("fastdfa", marks=needs_extension)])
 def library(request, monkeypatch):
     monkeypatch.setattr(gemm, "library", lambda: request.param)
-    monkeypatch.setattr(gemm, "_FEWEST_MULTIPLICATIONS", 1)
     return request.param
 
 
-@pytest.mark.parametrize("rows", [(1,), (7,), (130,), (3, 5)])
-@pytest.mark.parametrize("k, n", [(1, 1), (33, 17), (257, 129)])
-def test_product(library, rows, k, n):
-    a, b = randn(*rows, k), randn(n, k)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
-        got = gemm.product(a.to(dtype), b.to(dtype))
-        assert got.dtype == dtype and got.is_contiguous()
-        assert_close(got, a @ b.T, tolerance)
+def layers(widths, names, bias=True, dtype=torch.float64):
+    """Weights, biases, kinds and params of a chain."""
+    pairs = list(itertools.pairwise(widths))
+    weights = [randn(n, k, seed=5 + i, dtype=dtype) / k**0.5 for i, (k, n) in enumerate(pairs)]
+    biases = [randn(n, seed=50 + n, dtype=dtype) if bias else None for _, n in pairs]
+    kinds, params, _ = zip(*[KINDS[name] for name in names], strict=True)
+    return weights, biases, kinds, params
 
 
-def test_transposed_product(library, monkeypatch):
-    """As the weight gradient has them, of rows that do not follow each other too."""
-    delta, x = randn(65, 40)[::2].float(), randn(33, 70)[:, 3:60].float()
-    expected = delta.double().T @ x.double()
-    assert_close(gemm.transposed_product(delta, x), expected, 1e-5)
-    monkeypatch.setattr(gemm, "_MOST_COPIED_BYTES", 1000)
-    assert_close(gemm.transposed_product(delta, x), expected, 1e-5)
+def by_hand(x, weights, biases, names):
+    outputs, h = [], x.double()
+    for weight, bias, name in zip(weights, biases, names, strict=True):
+        a = h @ weight.double().T
+        h = ACTIVATIONS[name].f(a if bias is None else a + bias.double())
+        outputs.append(h)
+    return outputs
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("rows, widths", [
+    (1, [1, 1]), (7, [33, 17, 5]), (130, [257, 129, 300, 64]), (65, [784, 65, 65, 65, 65]),
+    (3, [5, 1, 700]), (200, [600, 520]),
+])  # fmt: skip
+def test_chain(library, rows, widths, dtype, bias):
+    names = [FROM_OUTPUT[i % len(FROM_OUTPUT)] for i in range(len(widths) - 1)]
+    x = randn(rows, widths[0], dtype=dtype)
+    weights, biases, kinds, params = layers(widths, names, bias, dtype)
+    got = ops.linear_chain(x, weights, biases, kinds, params)
+    for h, expected in zip(got, by_hand(x, weights, biases, names), strict=True):
+        assert h.dtype == dtype and h.is_contiguous()
+        assert_close(h, expected, 10 * TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("name", FROM_OUTPUT)
+def test_chain_of_every_kind(library, name):
+    x, chain = randn(9, 6), layers([6, 40, 11], [name, name])
+    expected = by_hand(x, *chain[:2], [name, name])
+    for got in (ops.linear_chain(x, *chain), reference.linear_chain(x, *chain)):
+        assert_close(dict(enumerate(got)), dict(enumerate(expected)), 1e-12)
+
+
+def odd_views(rows, columns, dtype, seed=0):
+    """The same matrix, as it may lie in memory."""
+    plain = randn(rows, columns, seed=seed, dtype=dtype)
+    wide = plain.new_zeros(2 * rows, 2 * columns + 3)
+    wide[::2, 3::2] = plain
+    rows_apart = plain.new_zeros(rows, columns + 5)
+    rows_apart[:, 5:] = plain
+    yield from (plain, plain.T.contiguous().T, rows_apart[:, 5:], wide[::2, 3::2])
+    yield plain[:1].expand(rows, columns)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_chain_of_any_strides(library, dtype):
+    weights, biases, kinds, params = layers([20, 30], ["tanh"], dtype=dtype)
+    for x in odd_views(50, 20, dtype):
+        for weight in odd_views(30, 20, dtype, seed=3):
+            (got,) = ops.linear_chain(x, [weight], biases, kinds, params)
+            expected = by_hand(x, [weight], biases, ["tanh"])
+            assert_close(got, expected[0], 10 * TOLERANCES[dtype])
+    gap = randn(60, dtype=dtype)[::2]  # a bias that is not contiguous
+    (got,) = ops.linear_chain(x, weights, [gap], kinds, params)
+    assert_close(got, by_hand(x, weights, [gap], ["tanh"])[0], 10 * TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_weight_gradients(library, dtype):
+    """Of several layers at once, of any sizes and strides."""
+    sizes = [(1, 1, 1), (65, 17, 33), (130, 300, 70), (33, 40, 600), (513, 20, 9)]
+    deltas = [randn(m, n, seed=n, dtype=dtype) for m, n, _ in sizes]
+    inputs = [randn(m, k, seed=k, dtype=dtype) for m, _, k in sizes]
+    deltas += list(odd_views(50, 20, dtype))
+    inputs += list(odd_views(50, 31, dtype, seed=1))
+    got = ops.weight_gradients(deltas, inputs)
+    assert len(got) == len(deltas)
+    for grad, d, x in zip(got, deltas, inputs, strict=True):
+        assert grad.dtype == dtype and grad.is_contiguous()
+        assert_close(grad, d.double().T @ x.double(), 10 * TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("rows, k, n", [(0, 5, 4), (5, 0, 4), (5, 4, 0)])
-def test_empty_product(library, rows, k, n):
-    got = gemm.product(torch.randn(rows, k), torch.randn(n, k))
-    assert torch.equal(got, torch.zeros(rows, n))
+def test_empty(library, rows, k, n):
+    x, weight, bias = torch.randn(rows, k), torch.randn(n, k), torch.randn(n)
+    (h,) = ops.linear_chain(x, [weight], [bias], [3], [0.0])
+    assert_close(h, torch.tanh(x @ weight.T + bias), 1e-6)
+    (grad,) = ops.weight_gradients([torch.randn(rows, n)], [x])
+    assert grad.shape == (n, k) and (rows > 0 or not grad.any())
+    assert list(ops.weight_gradients([], [])) == []
+    assert list(ops.linear_chain(x, [], [], [], [])) == []
+
+
+@needs_extension
+def test_the_numbers_do_not_depend_on_the_threads(monkeypatch):
+    monkeypatch.setattr(gemm, "library", lambda: "fastdfa")
+    x, chain = (
+        randn(130, 70).float(),
+        layers([70, 200, 90, 1100], ["tanh"] * 3, dtype=torch.float32),
+    )
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            hidden = ops.linear_chain(x, *chain)
+            results.append(hidden + ops.weight_gradients(hidden, [x, *hidden[:-1]]))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+def test_half_precision_goes_to_torch():
+    """bfloat16 and float16 are multiplied by torch, and biased and activated by the kernels."""
+    weights, biases, kinds, params = layers([20, 30, 10], ["tanh", "relu"])
+    for dtype in (torch.bfloat16, torch.float16):
+        x, narrow = randn(9, 20).to(dtype), [w.to(dtype) for w in weights]
+        got = ops.linear_chain(x, narrow, [b.float() for b in biases], kinds, params)
+        expected = by_hand(x, narrow, biases, ["tanh", "relu"])
+        assert_close(dict(enumerate(got)), dict(enumerate(expected)), 2e-2)
+        (grad,) = ops.weight_gradients([got[0]], [x])
+        assert_close(grad, got[0].double().T @ x.double(), 2e-2)
 
 
 def test_flops_of_a_step_are_the_same(library):
@@ -59,11 +159,71 @@ def test_flops_of_a_step_are_the_same(library):
     assert counter.get_total_flops() <= 2 * forward + 2 * 8 * 3 * (30 + 30)
 
 
+def samples():
+    """(op, arguments) as the dispatcher takes them."""
+    chain = torch.ops.fastdfa.linear_chain
+    x = randn(7, 5).float()
+    for bias in (True, False):
+        yield chain, (x, *layers([5, 9, 4], ["tanh", "elu"], bias, torch.float32))
+    deltas = [randn(7, 5), randn(3, 2)]
+    yield torch.ops.fastdfa.weight_gradients, (deltas, [randn(7, 4), randn(3, 8)])
+
+
+@needs_extension
+@pytest.mark.parametrize("index", range(3))
+def test_opcheck(index):
+    op, arguments = list(samples())[index]
+    torch.library.opcheck(op.default, arguments)
+
+
+@needs_extension
+@pytest.mark.parametrize("changes, words", [
+    (dict(x=randn(6)), ["x", "[6]"]),
+    (dict(x=randn(6, 5).bfloat16()), ["x", "float64", "BFloat16"]),
+    (dict(x=randn(6, 4)), ["weights[0]", "4 columns", "[8, 5]"]),
+    (dict(weights=[randn(8, 5), randn(3, 7)]), ["weights[1]", "8 columns", "[3, 7]"]),
+    (dict(weights=[randn(8, 5), randn(3, 8).float()]), ["weights[1]", "Double", "Float"]),
+    (dict(weights=[randn(8, 5)]), ["biases", "1", "2"]),
+    (dict(biases=[None, randn(4)]), ["biases[1]", "3", "[4]"]),
+    (dict(biases=[None, randn(3).float()]), ["biases[1]", "Double", "Float"]),
+    (dict(kinds=[3, 7]), ["kind", "7"]),
+    (dict(params=[0.0]), ["params", "2", "1"]),
+])  # fmt: skip
+def test_chain_refuses(changes, words):
+    arguments = dict(
+        x=randn(6, 5), weights=[randn(8, 5), randn(3, 8)], biases=[None, None],
+        kinds=[3, 3], params=[0.0, 0.0],
+    )  # fmt: skip
+    with pytest.raises(REFUSED) as error:
+        torch.ops.fastdfa.linear_chain(*(arguments | changes).values())
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+@needs_extension
+@pytest.mark.parametrize("deltas, inputs, words", [
+    ([randn(6, 5)], [randn(7, 5)], ["inputs[0]", "6 rows", "[7, 5]"]),
+    ([randn(6, 5)], [], ["inputs", "1", "0"]),
+    ([randn(6, 5)], [randn(6)], ["inputs[0]", "[6]"]),
+    ([randn(6, 5), randn(6, 5).float()], [randn(6, 5)] * 2, ["deltas[1]", "Double", "Float"]),
+    ([randn(6, 5).half()], [randn(6, 5).half()], ["deltas[0]", "Half"]),
+])  # fmt: skip
+def test_weight_gradients_refuse(deltas, inputs, words):
+    with pytest.raises(REFUSED) as error:
+        torch.ops.fastdfa.weight_gradients(deltas, inputs)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
 def test_shapes_that_do_not_fit_are_named(library):
-    with pytest.raises(RuntimeError, match="7x5 and 6x3"):
-        gemm.product(torch.randn(7, 5), torch.randn(3, 6))
-    with pytest.raises(RuntimeError, match="5x7 and 8x6"):
-        gemm.transposed_product(torch.randn(7, 5), torch.randn(8, 6))
+    with pytest.raises(RuntimeError, match=r"(7x5 and 6x3)|(6 columns|5 columns)"):
+        ops.linear_chain(torch.randn(7, 5), [torch.randn(3, 6)], [None], [0], [0.0])
+    with pytest.raises(RuntimeError, match=r"(5x7 and 8x6)|(7 rows)"):
+        ops.weight_gradients([torch.randn(7, 5)], [torch.randn(8, 6)])
+
+
+def test_the_library_in_use_is_named():
+    assert fastdfa.build_info()["matrix_products"] in gemm.LIBRARIES
 
 
 def test_an_unknown_library_is_refused():
@@ -75,4 +235,4 @@ def test_an_unknown_library_is_refused():
         text=True,
         check=False,
     )
-    assert "FASTDFA_GEMM must be one of torch, onednn, got 'mkl'" in run.stderr
+    assert "FASTDFA_GEMM must be one of torch, fastdfa, got 'mkl'" in run.stderr

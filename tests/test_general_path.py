@@ -336,15 +336,25 @@ class Products(TorchDispatchMode):
         self.inner = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in PRODUCTS:
-            a, b = args[-2:] if name not in ("addmm", "baddbmm", "addmv", "addr") else args[1:3]
-            self.inner[a.shape[-1]] += 1
-            for operand in (a, b):
+        for inner, *operands in products(func.overloadpacket.__name__, args):
+            self.inner[inner] += 1
+            for operand in operands:
                 weight = self.weights.get(operand.untyped_storage().data_ptr())
                 if weight is not None:
                     self.read[weight] += 1
         return func(*args, **(kwargs or {}))
+
+
+def products(name, args):
+    """The matrix products of a call: the length of the inner sum, then what is multiplied."""
+    if name == "linear_chain":
+        return [(weight.shape[1], weight) for weight in args[1]]
+    if name == "weight_gradients":
+        return [(a.shape[0], a, b) for a, b in zip(*args, strict=True)]
+    if name not in PRODUCTS:
+        return []
+    a, b = args[-2:] if name not in ("addmm", "baddbmm", "addmv", "addr") else args[1:3]
+    return [(a.shape[-1], a, b)]
 
 
 def layers_between(kind):

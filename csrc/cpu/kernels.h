@@ -5,19 +5,21 @@
 #include "../activate.h"
 #include "../fill_feedback.h"
 #include "../gate.h"
+#include "../gemm.h"
 #include "../project_gate.h"
 #include "dispatch.h"
 
 namespace fastdfa {
 
-#define FASTDFA_DECLARE_KERNELS(capability)                                                 \
-  namespace capability {                                                                    \
-  void fill_feedback(const FillFeedbackParams& p, int64_t begin, int64_t end);              \
-  void project_gate(const ProjectGateParams& p, const ProjectGatePlan& plan, int64_t begin, \
-                    int64_t end, void* scratch);                                            \
-  void gate(const GateParams& p, int64_t begin, int64_t end);                               \
-  void sum_chunks(const SumChunksParams& p);                                                \
-  void activate(const ActivateParams& p, int64_t begin, int64_t end);                       \
+#define FASTDFA_DECLARE_KERNELS(capability)                                                        \
+  namespace capability {                                                                           \
+  void fill_feedback(const FillFeedbackParams& p, int64_t begin, int64_t end);                     \
+  void project_gate(const ProjectGateParams& p, const ProjectGatePlan& plan, int64_t begin,        \
+                    int64_t end, void* scratch);                                                   \
+  void gate(const GateParams& p, int64_t begin, int64_t end);                                      \
+  void sum_chunks(const SumChunksParams& p);                                                       \
+  void activate(const ActivateParams& p, int64_t begin, int64_t end);                              \
+  void gemm(const GemmParams& p, const GemmPlan& plan, int64_t begin, int64_t end, void* scratch); \
   }
 FASTDFA_DECLARE_KERNELS(baseline)
 FASTDFA_DECLARE_KERNELS(avx2)
@@ -30,12 +32,13 @@ struct CpuKernels {
   decltype(baseline::gate)* gate;
   decltype(baseline::sum_chunks)* sum_chunks;
   decltype(baseline::activate)* activate;
+  decltype(baseline::gemm)* gemm;
 };
 
 #define FASTDFA_KERNELS(capability)                                                                \
   CpuKernels {                                                                                     \
     capability::fill_feedback, capability::project_gate, capability::gate, capability::sum_chunks, \
-        capability::activate                                                                       \
+        capability::activate, capability::gemm                                                     \
   }
 
 inline const CpuKernels& cpu_kernels(Capability capability) {

@@ -7,47 +7,13 @@
 
 #include "feedback_row.h"
 #include "gate_rows.h"
+#include "tile.h"
 
 namespace fastdfa::FASTDFA_CPU {
 namespace {
 
-// The tile of the micro-kernel: accumulators fill the registers (24 of 32, or 12 of 16) and leave
-// room for one row of B and one entry of the error.
-template <class A> struct Tile {
-  static constexpr int rows = vector_bytes > 16 ? 6 : 4, columns = tile_columns<A>;
-  static_assert(rows <= most_tile_rows && column_quantum % columns == 0);
-};
-
-// product[tile] (+)= error[rows of the tile, classes] b[classes, columns of the tile]
-template <class A>
-FASTDFA_INLINE void multiply(const A* const (&error)[Tile<A>::rows], int64_t error_column,
-                             const A* b, int64_t classes, A* product, bool accumulate) {
-  using V = Vec<A>;
-  constexpr int rows = Tile<A>::rows, vectors = tile_vectors;
-  V sum[rows][vectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) sum[r][v] = V(A(0));
-  for (int64_t c = 0; c < classes; ++c) {
-    V row[vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) row[v] = load(b + c * Tile<A>::columns + v * V::size);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const V e(error[r][c * error_column]);
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[r][v] = sum[r][v] + e * row[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      A* p = product + r * Tile<A>::columns + v * V::size;
-      store(p, accumulate ? load(p) + sum[r][v] : sum[r][v]);
-    }
-}
+static_assert(Tile<float>::rows <= most_tile_rows && Tile<double>::rows <= most_tile_rows);
+static_assert(column_quantum % Tile<float>::columns == 0);
 
 // One strip of columns of the layers that share a matrix B.
 template <class T> struct StripWork {
@@ -107,8 +73,8 @@ template <class T> struct StripWork {
       error[r] = static_cast<const A*>(p.error) + min(row + r, last_row) * p.error_row +
                  first_class(block) * p.error_column;
     for (int64_t j = 0; j < columns; j += Tile::columns)
-      multiply<A>(error, p.error_column, panel + j * classes, classes, out + j * Tile::rows,
-                  block > 0);
+      multiply<tile_vectors>(error, p.error_column, panel + j * classes, classes,
+                             out + j * Tile::rows, block > 0);
   }
 
   void gate_layers(int64_t row, int64_t rows, int64_t chunk, const A* signal) {

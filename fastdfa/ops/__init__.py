@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from .. import build
+from .. import build, gemm
 from ..activations import FIRST_KIND_FROM_INPUT, KINDS
 from . import reference
 from .reference import accumulation_dtype
@@ -23,8 +24,10 @@ __all__ = [
     "feedback_dtype",
     "fill_feedback_",
     "gate",
+    "linear_chain",
     "project_gate",
     "reference",
+    "weight_gradients",
 ]
 
 DISTRIBUTIONS = ("normal", "uniform", "rademacher")
@@ -137,21 +140,24 @@ def project_gate(
         ValueError, TypeError: where shapes, lengths, dtypes or devices do not fit.
     """
     code = _distribution(distribution)
-    # A traced call has its shapes checked by the kernel: Dynamo knows too little of them here.
-    if not torch.compiler.is_compiling():
-        _check_project_gate(error, feedback, saved, kinds, params, scales, streams)
-    if not saved:
-        return [], []
-    if build.available(error.device.type):
-        results = torch.ops.fastdfa.project_gate(
-            error, feedback, seed, streams, code, saved, kinds, params, scales, sum_error,
-            allow_tf32,
-        )  # fmt: skip
-    else:
-        if not feedback:
+    if not build.available(error.device.type):
+        # A traced call is checked by nobody: Dynamo knows too little of the shapes here.
+        if not torch.compiler.is_compiling():
+            _check_project_gate(error, feedback, saved, kinds, params, scales, streams)
+        if not feedback and saved:
             feedback = _generate(error, saved, seed, streams, code)
         results = reference.project_gate(error, feedback, saved, kinds, params, scales, sum_error)
-    return results[: len(saved)], results[len(saved) :]
+    else:
+        try:
+            results = torch.ops.fastdfa.project_gate(
+                error, feedback, seed, streams, code, saved, kinds, params, scales, sum_error,
+                allow_tf32,
+            )  # fmt: skip
+        except RuntimeError:
+            # It has checked its arguments, at a hundredth of the cost; here for the kind of error.
+            _check_project_gate(error, feedback, saved, kinds, params, scales, streams)
+            raise
+    return list(results[: len(saved)]), list(results[len(saved) :])
 
 
 def gate(grad: Tensor, saved: Tensor, kind: int, param: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -188,6 +194,53 @@ def activate_(x: Tensor, bias: Tensor | None, kind: int, param: float = 0.0) -> 
         torch.ops.fastdfa.activate_(x, bias, kind, param)
     else:
         reference.activate_(x, bias, kind, param)
+
+
+def linear_chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    kinds: Sequence[int],
+    params: Sequence[float],
+) -> list[Tensor]:
+    """h_l = f_l(h_{l-1} W_l^T + b_l) of every layer, h_0 = x, for f' that come from the output.
+
+    Args:
+        x: [M, n_0].
+        weights: W_l [n_l, n_{l-1}] each, in the dtype of x.
+        biases: b_l [n_l] or None each, in the dtype of x or in its accumulation dtype.
+        kinds, params: the activations, codes of `fastdfa.activations.KINDS` and parameters.
+
+    Returns:
+        h_l [M, n_l] of every layer, contiguous.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: where shapes, lengths, dtypes or devices do not fit.
+    """
+    if gemm.multiplies(x):
+        _check_kinds(kinds, params, KINDS[:FIRST_KIND_FROM_INPUT])
+        return torch.ops.fastdfa.linear_chain(x, weights, biases, kinds, params)
+    outputs = []
+    for weight, bias, kind, param in zip(weights, biases, kinds, params, strict=True):
+        x = x @ weight.t()
+        activate_(x, bias, kind, param)
+        outputs.append(x)
+    return outputs
+
+
+def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """dW_l = d_l^T x_l [n_l, k_l] of every layer, which do not depend on each other.
+
+    Args:
+        deltas: d_l [M, n_l] each.
+        inputs: x_l [M, k_l] each, in the dtype of the deltas.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: where shapes, lengths, dtypes or devices do not fit.
+    """
+    if deltas and gemm.multiplies(deltas[0]):
+        return torch.ops.fastdfa.weight_gradients(deltas, inputs)
+    return reference.weight_gradients(deltas, inputs)
 
 
 def _generate(
@@ -331,7 +384,30 @@ def _register_fakes() -> None:
     def _(out, seed, stream, distribution):
         return None
 
+    @torch.library.register_fake("fastdfa::linear_chain")
+    def _(x, weights, biases, kinds, params):
+        return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+
+    @torch.library.register_fake("fastdfa::weight_gradients")
+    def _(deltas, inputs):
+        pairs = zip(deltas, inputs, strict=True)
+        return [delta.new_empty(delta.shape[1], x.shape[1]) for delta, x in pairs]
+
+
+def _register_flop_formulas() -> None:
+    """What the ops multiply, for torch.utils.flop_counter."""
+
+    @register_flop_formula(torch.ops.fastdfa.linear_chain)
+    def _(x_shape, weight_shapes, *args, out_shape=None, **kwargs) -> int:
+        return sum(2 * x_shape[0] * n * k for n, k in weight_shapes)
+
+    @register_flop_formula(torch.ops.fastdfa.weight_gradients)
+    def _(delta_shapes, input_shapes, *args, out_shape=None, **kwargs) -> int:
+        pairs = zip(delta_shapes, input_shapes, strict=True)
+        return sum(2 * rows * n * k for (rows, n), (_, k) in pairs)
+
 
 build.load()
 if build.available("cpu"):
     _register_fakes()
+    _register_flop_formulas()

@@ -153,3 +153,24 @@ def activate_(x: Tensor, bias: Tensor | None, kind: int, param: float) -> None:
         x.add_(bias)
     if kind != activations.IDENTITY:
         x.copy_(activations.apply(x, kind, param))
+
+
+def linear_chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    kinds: Sequence[int],
+    params: Sequence[float],
+) -> list[Tensor]:
+    """h_l = f_l(h_{l-1} W_l^T + b_l) of every layer; h_0 = x [M, n_0], W_l [n_l, n_{l-1}]."""
+    outputs = []
+    for weight, bias, kind, param in zip(weights, biases, kinds, params, strict=True):
+        x = x @ weight.t()
+        activate_(x, bias, kind, param)
+        outputs.append(x)
+    return outputs
+
+
+def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """dW_l = d_l^T x_l [n_l, k_l] of every layer; d_l [M, n_l], x_l [M, k_l]."""
+    return [delta.t() @ x for delta, x in zip(deltas, inputs, strict=True)]

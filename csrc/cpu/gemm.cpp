@@ -1,0 +1,163 @@
+// Matrix products in the manner of BLIS: panels are packed into the L2 cache, a micro-kernel keeps
+// a tile of the product in registers, and bias and activation are applied to the tile.
+#include "../gemm.h"
+
+#include <utility>
+
+#include "tile.h"
+#include "transpose.h"
+
+namespace fastdfa::FASTDFA_CPU {
+namespace {
+
+static_assert(gemm_rows % Tile<float>::rows == 0 && gemm_rows % Tile<double>::rows == 0);
+static_assert(gemm_columns % Tile<float>::columns == 0);
+
+template <class T> struct GemmBlock {
+  using Tile = FASTDFA_CPU::Tile<T>;
+  using V = Vec<T>;
+
+  const GemmProblem& g;
+  int64_t row, column, rows, columns;  // of the product
+  T *panel_b, *panel_a, *product;      // scratch: see gemm_scratch
+
+  const T* a(int64_t i, int64_t k) const {
+    return static_cast<const T*>(g.a) + i * g.a_row + k * g.a_column;
+  }
+  const T* b(int64_t k, int64_t j) const {
+    return static_cast<const T*>(g.b) + k * g.b_row + j * g.b_column;
+  }
+
+  // panel_b[tile][k][column of the tile], the columns after the last one filled with zeros.
+  void pack_b(int64_t first, int64_t depth) {
+    for (int64_t j = 0; j < columns; j += Tile::columns) {
+      T* target = panel_b + j * depth;
+      const int64_t count = min(Tile::columns, columns - j);
+      if (g.b_column == 1) {
+        for (int64_t k = 0; k < depth; ++k, target += Tile::columns) {
+          const T* source = b(first + k, column + j);
+          if (count == Tile::columns) {
+            __builtin_memcpy(target, source, Tile::columns * sizeof(T));
+          } else {
+            __builtin_memset(target, 0, Tile::columns * sizeof(T));
+            __builtin_memcpy(target, source, count * sizeof(T));
+          }
+        }
+      } else {
+        for (int64_t i = 0; i < Tile::columns; i += V::size)
+          transpose_strip(b(first, column + j + i), g.b_column, min(V::size, count - i), depth,
+                          target + i, Tile::columns);
+      }
+    }
+  }
+
+  // panel_a[tile][k][row of the tile], for an `a` whose rows lie side by side.
+  void pack_a(int64_t from, int64_t count, int64_t first, int64_t depth) {
+    for (int64_t i = 0; i < count; i += Tile::rows) {
+      T* target = panel_a + i * depth;
+      const int64_t height = min(Tile::rows, count - i);
+      for (int64_t k = 0; k < depth; ++k, target += Tile::rows) {
+        const T* source = a(row + from + i, first + k);
+        if (height == Tile::rows) {
+          __builtin_memcpy(target, source, Tile::rows * sizeof(T));
+        } else {
+          for (int64_t r = 0; r < Tile::rows; ++r) target[r] = source[min(r, height - 1)];
+        }
+      }
+    }
+  }
+
+  // One tile of rows from `from` (`packed` after the first row in panel_a) by all columns.
+  template <Activation kind>
+  void multiply_rows(int64_t from, int64_t packed, int64_t first, int64_t depth) {
+    const T* a_rows[Tile::rows];
+    for (int r = 0; r < Tile::rows; ++r)
+      a_rows[r] =
+          packed < 0 ? a(row + min(from + r, rows - 1), first) : panel_a + packed * depth + r;
+    const int64_t a_column = packed < 0 ? g.a_column : Tile::rows;
+    const int64_t height = min(Tile::rows, rows - from);
+    const bool begin = first == 0, end = first + depth == g.depth;
+    for (int64_t j = 0; j < columns; j += Tile::columns) {
+      const int64_t width = min(Tile::columns, columns - j);
+      multiply_columns(a_rows, a_column, panel_b + j * depth, depth, ceil_div(width, V::size),
+                       std::make_integer_sequence<int, tile_vectors>());
+      T* c = static_cast<T*>(g.c) + (row + from) * g.c_row + column + j;
+      const T* bias = g.bias ? static_cast<const T*>(g.bias) + column + j : nullptr;
+      if (end) {
+        write_tile<kind, true>(c, bias, height, width, begin);
+      } else {
+        write_tile<Activation::identity, false>(c, nullptr, height, width, begin);
+      }
+    }
+  }
+
+  // Only so many vectors of a tile's columns as there are columns.
+  template <int... v>
+  void multiply_columns(const T* const (&a_rows)[Tile::rows], int64_t a_column, const T* b,
+                        int64_t depth, int64_t vectors, std::integer_sequence<int, v...>) {
+    ((vectors == v + 1 ? multiply<v + 1>(a_rows, a_column, b, depth, product, false) : void()),
+     ...);
+  }
+
+  // c = f(c + product + bias), c left out where this is the first block of the depth.
+  template <Activation kind, bool end>
+  void write_tile(T* c, const T* bias, int64_t height, int64_t width, bool begin) {
+    const auto write = [&](int64_t r, int64_t j, auto lanes) __attribute__((always_inline)) {
+      V x = load(product + r * Tile::columns + j);
+      T* p = c + r * g.c_row + j;
+      if (!begin) x = x + load(p, lanes);
+      if constexpr (end) {
+        if (bias) x = x + load(bias + j, lanes);
+        x = activate<kind>(x, V(static_cast<T>(g.param)));
+      }
+      store(p, x, lanes);
+    };
+    for (int64_t r = 0; r < height; ++r) {
+      int64_t j = 0;
+      for (; j + V::size <= width; j += V::size) write(r, j, AllLanes());
+      if (j < width) write(r, j, FirstLanes{width - j});
+    }
+  }
+
+  template <Activation kind> void run() {
+    for (int64_t first = 0; first < max(g.depth, 1); first += gemm_depth) {
+      const int64_t depth = min(gemm_depth, g.depth - first);
+      pack_b(first, depth);
+      const int64_t step = g.a_column == 1 ? rows : gemm_packed_rows;
+      for (int64_t i = 0; i < rows; i += step) {
+        const int64_t count = min(step, rows - i);
+        if (g.a_column != 1) pack_a(i, count, first, depth);
+        for (int64_t r = 0; r < count; r += Tile::rows)
+          multiply_rows<kind>(i + r, g.a_column == 1 ? -1 : r, first, depth);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void gemm(const GemmParams& p, const GemmPlan& plan, int64_t begin, int64_t end, void* scratch) {
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    for (int64_t index = begin; index < end; ++index) {
+      const GemmTask task = find_gemm_task(p, plan, index);
+      const GemmProblem& g = p.problems[task.problem];
+      T* const panel_b = static_cast<T*>(scratch);
+      T* const panel_a = panel_b + gemm_depth * gemm_most_columns;
+      GemmBlock<T> block{g,
+                         task.row,
+                         task.column,
+                         min(plan.block_rows, g.rows - task.row),
+                         min(plan.block_columns, g.columns - task.column),
+                         panel_b,
+                         panel_a,
+                         panel_a + gemm_depth * gemm_packed_rows};
+      dispatch_activation(g.kind, [&](auto kind) {
+        if constexpr (derivative_from_output(kind.value)) block.template run<kind.value>();
+      });
+    }
+  };
+  p.dtype == DType::float64 ? run(double()) : run(float());
+}
+
+}  // namespace fastdfa::FASTDFA_CPU

@@ -1,0 +1,88 @@
+// c = f(a b + bias): several independent matrix products in one list of tasks.
+#pragma once
+
+#include "activation.h"
+
+namespace fastdfa {
+
+struct GemmProblem {
+  const void* a;     // [rows, depth]
+  const void* b;     // [depth, columns]
+  void* c;           // [rows, columns], unit column stride
+  const void* bias;  // [columns], or null
+  // In elements. One stride of a and one of b is 1, as of a matrix or of a transposed one.
+  int64_t a_row, a_column, b_row, b_column, c_row;
+  int64_t rows, columns, depth;
+  double param;
+  Activation kind;  // one whose derivative is a function of the output
+};
+
+struct GemmParams {
+  const GemmProblem* problems;  // [count]
+  int64_t count;
+  DType dtype;  // float32 or float64
+};
+
+// How the work is cut. A task is a block of rows x columns of one product; the depth is summed in
+// blocks of fixed size, so the numbers do not depend on how many threads there are.
+struct GemmPlan {
+  int64_t block_rows, block_columns;  // multiples of row_quantum and column_quantum
+  int64_t tasks;
+};
+
+struct GemmTask {
+  int64_t problem, row, column;
+};
+
+constexpr int64_t gemm_columns = 64;  // multiple of the width of every micro-kernel
+constexpr int64_t gemm_rows = 12;     // multiple of the height of every micro-kernel
+// A packed panel of b, [256, 512] of float, takes half of an L2 cache of 1 MB; of a, 96 KB.
+constexpr int64_t gemm_depth = 256, gemm_most_columns = 512, gemm_packed_rows = 96;
+
+FASTDFA_INLINE int64_t gemm_tasks(const GemmProblem& g, const GemmPlan& plan) {
+  return ceil_div(g.rows, plan.block_rows) * ceil_div(g.columns, plan.block_columns);
+}
+
+FASTDFA_INLINE GemmPlan plan_gemm(const GemmParams& p, int64_t threads) {
+  // Each task packs its own panels, so blocks are as large as threads leave them: columns are split
+  // first, as packing b, which may have to be transposed, is what costs.
+  int64_t rows = 1, columns = 1;
+  for (int64_t i = 0; i < p.count; ++i) {
+    rows = max(rows, p.problems[i].rows), columns = max(columns, p.problems[i].columns);
+  }
+  GemmPlan plan{};
+  int64_t row_parts = 1, column_parts = ceil_div(columns, gemm_most_columns);
+  for (;;) {
+    plan.block_rows = round_up(ceil_div(rows, row_parts), gemm_rows);
+    plan.block_columns = round_up(ceil_div(columns, column_parts), gemm_columns);
+    plan.tasks = 0;
+    for (int64_t i = 0; i < p.count; ++i) plan.tasks += gemm_tasks(p.problems[i], plan);
+    // Few tasks are shared out evenly only where they are a multiple of the threads.
+    if (threads == 1 || plan.tasks >= 4 * threads || plan.tasks % threads == 0) return plan;
+    if (plan.block_columns > gemm_columns) {
+      ++column_parts;
+    } else if (plan.block_rows > gemm_rows) {
+      ++row_parts;
+    } else {
+      return plan;
+    }
+  }
+}
+
+FASTDFA_INLINE GemmTask find_gemm_task(const GemmParams& p, const GemmPlan& plan, int64_t index) {
+  for (int64_t i = 0;; ++i) {
+    const int64_t tasks = gemm_tasks(p.problems[i], plan);
+    if (index < tasks) {
+      // Tasks of one block of columns follow each other.
+      const int64_t row_blocks = ceil_div(p.problems[i].rows, plan.block_rows);
+      return {i, index % row_blocks * plan.block_rows, index / row_blocks * plan.block_columns};
+    }
+    index -= tasks;
+  }
+}
+
+// Elements that one thread needs: the packed panels of b and a, and a tile of the product.
+constexpr int64_t gemm_scratch =
+    gemm_depth * (gemm_most_columns + gemm_packed_rows) + gemm_rows * gemm_columns;
+
+}  // namespace fastdfa

@@ -1,0 +1,117 @@
+// gemm against a plain loop in double, over awkward sizes, both ways that operands lie in memory,
+// and every number of threads; operands and results end at pages that may not be touched.
+#include <vector>
+
+#include "check.h"
+#include "guarded.h"
+
+using namespace fastdfa;
+
+struct Case {
+  int64_t rows, columns, depth;
+  bool a_transposed, b_transposed, bias;
+  Activation kind;
+};
+
+static double activated(Activation kind, double x, double param) {
+  if (kind == Activation::relu) return x > 0 ? x : 0;
+  if (kind == Activation::leaky_relu) return x > 0 ? x : param * x;
+  if (kind == Activation::tanh) return std::tanh(x);
+  return x;
+}
+
+// One product of a list, with rows that lie further apart than they are long.
+template <class T> struct Product {
+  Case c;
+  Guarded<T> a, b, bias, result;
+  GemmProblem g{};
+
+  Product(const Case& c, int64_t seed)
+      : c(c),
+        a(c.rows * c.depth),
+        b((c.depth + 2) * (c.columns + 2)),
+        bias(c.columns),
+        result(c.rows * (c.columns + 1)) {
+    for (Guarded<T>* x : {&a, &b, &bias})
+      for (int64_t i = 0; i < x->size(); ++i) (*x)[i] = T(number(seed++));
+    g.a = a.data(), g.b = b.data(), g.c = result.data(), g.bias = c.bias ? bias.data() : nullptr;
+    g.a_row = c.a_transposed ? 1 : c.depth, g.a_column = c.a_transposed ? c.rows : 1;
+    g.b_row = c.b_transposed ? 1 : c.columns + 2, g.b_column = c.b_transposed ? c.depth + 2 : 1;
+    g.c_row = c.columns + 1;
+    g.rows = c.rows, g.columns = c.columns, g.depth = c.depth;
+    g.kind = c.kind, g.param = 0.25;
+  }
+
+  void check(const char* capability, double tolerance) const {
+    for (int64_t i = 0; i < c.rows; ++i) {
+      for (int64_t j = 0; j < c.columns; ++j) {
+        double want = c.bias ? double(bias[j]) : 0;
+        for (int64_t k = 0; k < c.depth; ++k)
+          want += double(a[i * g.a_row + k * g.a_column]) * double(b[k * g.b_row + j * g.b_column]);
+        want = activated(c.kind, want, g.param);
+        const double got = result[i * g.c_row + j];
+        CHECK(std::abs(got - want) <= tolerance * std::sqrt(c.depth + 1.0),
+              "%s: [%d, %d, %d] at (%d, %d) is %.9g, not %.9g", capability, int(c.rows),
+              int(c.columns), int(c.depth), int(i), int(j), got, want);
+      }
+      CHECK(std::isnan(double(result[i * g.c_row + c.columns])), "wrote beside a row");
+    }
+  }
+};
+
+template <class T>
+static void run(const CpuKernels& kernels, const char* capability, const std::vector<Case>& cases,
+                double tolerance) {
+  std::vector<double> first;
+  for (int64_t threads : {1, 2, 3, 7, 64}) {
+    std::vector<Product<T>> products;
+    std::vector<GemmProblem> problems;
+    for (const Case& c : cases) products.emplace_back(c, 1000 * int64_t(products.size()));
+    for (const Product<T>& product : products) problems.push_back(product.g);
+    const DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
+    const GemmParams p{problems.data(), int64_t(problems.size()), dtype};
+    const GemmPlan plan = plan_gemm(p, threads);
+    CHECK(plan.block_columns <= gemm_most_columns, "a block of %d columns",
+          int(plan.block_columns));
+    Guarded<T> scratch(gemm_scratch);
+    // From the last task to the first, one by one: no task may need another.
+    for (int64_t task = plan.tasks; task-- > 0;)
+      kernels.gemm(p, plan, task, task + 1, scratch.data());
+    std::vector<double> all;
+    for (const Product<T>& product : products) {
+      product.check(capability, tolerance);
+      for (int64_t i = 0; i < product.c.rows; ++i)
+        for (int64_t j = 0; j < product.c.columns; ++j)
+          all.push_back(product.result[i * product.g.c_row + j]);
+    }
+    if (threads == 1) first = all;
+    CHECK(all == first, "%s: other numbers on %d threads", capability, int(threads));
+  }
+}
+
+int main() {
+  const auto none = Activation::identity;
+  const std::vector<Case> alone[] = {
+      {{0, 5, 3, false, true, true, none}},
+      {{5, 0, 3, false, true, true, none}},
+      {{5, 7, 0, false, true, true, Activation::tanh}},
+      {{1, 1, 1, false, true, false, none}},
+      {{7, 65, 33, false, true, true, Activation::relu}},
+      {{13, 130, 300, false, true, true, Activation::leaky_relu}},
+      {{100, 17, 257, false, true, true, Activation::tanh}},
+      {{98, 600, 40, true, false, false, none}},
+      {{200, 63, 513, true, false, false, none}},
+      {{37, 50, 20, false, false, true, none}},
+      {{37, 50, 20, true, true, false, none}},
+  };
+  std::vector<Case> together;
+  for (const auto& cases : alone) together.insert(together.end(), cases.begin(), cases.end());
+  for_each_capability([&](const CpuKernels& kernels, const char* name) {
+    for (const auto& cases : alone) {
+      run<float>(kernels, name, cases, 1e-6);
+      run<double>(kernels, name, cases, 1e-14);
+    }
+    run<float>(kernels, name, together, 1e-6);
+    run<double>(kernels, name, together, 1e-14);
+  });
+}

@@ -1,0 +1,182 @@
+"""Runs of fused layers in an `nn.Sequential`, computed at once ahead of their calls.
+
+The first layer of a run computes all of them, by one op and behind one autograd node; each of the
+others finds its output ready, if it is called with the output of the layer before, as it was. If
+not, it computes on its own: what was computed ahead is at worst wasted, never wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node
+
+from . import ops, plan
+from .activations import Gate, gate_of
+from .fused import LINEAR, as_matrix, autocast_dtype, saved_tensor_hooks_active
+from .tape import Chain, Edge, state
+
+
+def computed(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """The output of a layer that was computed ahead, for the input x that it was computed from."""
+    if torch.compiler.is_compiling():
+        return None
+    tape = state.tape
+    if tape is None or tape.chain is None or tape.tapped is not None:
+        return None
+    output = tape.chain.take(layer, x) if torch.is_grad_enabled() else None
+    if output is not None:
+        tape.newest = tape.chain
+    return output
+
+
+def begin(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """The output of the first layer of a run, all of which is computed; else None."""
+    if torch.compiler.is_compiling():
+        return None
+    tape = state.tape
+    if tape is None or tape.tapped is not None or not torch.is_grad_enabled():
+        return None
+    if x.requires_grad or saved_tensor_hooks_active():
+        return None
+    layers, gates = _run(layer, x, *tape.root.place(layer))
+    if len(layers) < 2:
+        return None
+    chain = tape.chain = tape.newest = _compute(layers, gates, x)
+    chain.previous, tape.points = tape.points, chain
+    return chain.outputs[0]
+
+
+def _run(
+    first: nn.Module, x: Tensor, sequential: nn.Sequential | None, place: int
+) -> tuple[list[nn.Module], list[Gate]]:
+    """The layers from `first` on whose output goes straight into another, and their gates.
+
+    As many as the workspace holds: their deltas exist at a time, and their activations are freed
+    together. Where one layer fills it, Python between layers costs nothing that counts.
+    """
+    modules = [] if sequential is None else list(sequential._modules.values())
+    if place >= len(modules) or modules[place] is not first:
+        return [], []
+    layers, gates, width = [], [], x.shape[-1]
+    row_bytes = x.dtype.itemsize * (x.numel() // max(width, 1))
+    room = plan.workspace(x.device)
+    for layer, reader in zip(modules[place:], modules[place + 1 :], strict=False):
+        if type(layer) is not type(first) or type(reader) is not type(first):
+            break
+        gate = _gate(layer, x, width)
+        if gate is None:
+            break
+        width = layer._parameters["weight"].shape[0]
+        room -= row_bytes * width
+        if room < 0:
+            break
+        layers.append(layer)
+        gates.append(gate)
+    return layers, gates
+
+
+def _gate(layer: nn.Module, x: Tensor, width: int) -> Gate | None:
+    """The gate of a layer that may be computed ahead of its call: no hook waits for that."""
+    of = layer.__dict__  # by far quicker than the attributes
+    if of["_forward_hooks"] or of["_forward_pre_hooks"]:
+        return None
+    if of["_backward_hooks"] or of["_backward_pre_hooks"]:
+        return None
+    if "forward" in of or layer._compiled_call_impl is not None:
+        return None
+    weight, bias = of["_parameters"].get("weight"), of["_parameters"].get("bias")
+    for parameter in (weight,) if bias is None else (weight, bias):
+        if type(parameter) is not nn.Parameter or not parameter.requires_grad:
+            return None
+        if parameter.dtype != x.dtype or parameter.device != x.device:
+            return None
+    rows, columns = weight.shape
+    if columns != width or (bias is not None and bias.shape != (rows,)):
+        return None
+    gate = gate_of(of["_modules"].get("activation"))
+    return gate if gate is not None and gate.from_output else None
+
+
+def _compute(layers: list[nn.Module], gates: list[Gate], x: Tensor) -> Chain:
+    weights = [layer._parameters["weight"] for layer in layers]
+    biases = [layer._parameters.get("bias") for layer in layers]
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+    with torch.no_grad():
+        kinds, params = zip(*gates, strict=True)
+        saved = ops.linear_chain(as_matrix(x), weights, biases, kinds, params)
+        if x.dim() != 2:
+            saved = [h.view(*x.shape[:-1], h.shape[1]) for h in saved]
+    chain = Chain(layers, gates, [x, *saved[:-1]], weights, biases, saved, LINEAR)
+    results = _ActivatedChain.apply(x, saved, gates, chain.fed, *weights, *biases)
+    *chain.outputs, chain.token = results
+    return chain
+
+
+class _ActivatedChain(torch.autograd.Function):
+    """The outputs of a chain as one node: views, as of a single layer; and a token.
+
+    Behind it the weights, then the biases. Output l depends on those of layer l alone, as every
+    layer's input is cut. A gradient of the token announces that those which are read are fed; a
+    gradient of an output, that it is used elsewhere.
+    """
+
+    @staticmethod
+    def forward(ctx, x, saved, gates, fed, *parameters):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *saved)
+        ctx.gates, ctx.fed = gates, fed
+        ctx.bias_dtypes = [None if b is None else b.dtype for b in parameters[len(saved) :]]
+        return *[h.view_as(h) for h in saved], x.new_empty(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, *saved = ctx.saved_tensors
+        inputs = [x, *saved]
+        *grads, announced = grads
+        deltas: dict[int, Tensor] = {}
+        sums: dict[int, Tensor] = {}
+        if announced is not None:
+            made = ctx.fed[0](saved)
+            deltas, sums = dict(enumerate(made[0])), dict(enumerate(made[1]))
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                more = ops.gate(as_matrix(grad), as_matrix(saved[i]), *ctx.gates[i])
+                deltas[i] = deltas[i] + more[0] if i in deltas else more[0]
+                sums[i] = sums[i] + more[1] if i in sums else more[1]
+        count = len(saved)
+        needs = ctx.needs_input_grad[4:]
+        trained = [i for i in deltas if needs[i]]
+        columns = ([values[i] for i in trained] for values in (deltas, saved, inputs))
+        result: list[Tensor | None] = [None] * (2 * count)
+        for i, grad in zip(trained, LINEAR.weight_gradients(*columns), strict=True):
+            result[i] = grad
+        for i, total in sums.items():
+            if needs[count + i]:
+                dtype = ctx.bias_dtypes[i]
+                result[count + i] = total if total.dtype == dtype else total.to(dtype)
+        return None, None, None, None, *result
+
+    def functions_of(self, output: int) -> tuple[Edge, ...]:
+        """The edges behind one output: its weight, and its bias where it has one."""
+        biases = [dtype is not None for dtype in self.bias_dtypes]
+        edges = self.next_functions[-len(biases) - sum(biases) :]  # None is no edge
+        bias = len(biases) + sum(biases[:output])
+        return edges[output], *edges[bias : bias + biases[output]]
+
+
+def separate(edge: Edge) -> Node | Edge:
+    """What stands for an edge where paths are compared: the node, of a chain one of its layers."""
+    return edge if isinstance(edge[0], _ActivatedChain._backward_cls) else edge[0]
+
+
+def functions_behind(edge: Edge) -> tuple[Edge, ...]:
+    """The edges that lead on from an edge."""
+    node, output = edge
+    if isinstance(node, _ActivatedChain._backward_cls):
+        return _ActivatedChain.functions_of(node, output)
+    return node.next_functions

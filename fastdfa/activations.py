@@ -92,11 +92,12 @@ def _softplus(module: nn.Softplus) -> Gate | None:
     return Gate(6, module.beta) if module.beta > 0 and module.threshold == 20 else None
 
 
+_RELU, _TANH, _SIGMOID = Gate(1), Gate(3), Gate(4)
 _GATES: dict[type, Callable[[nn.Module], Gate | None]] = {
-    nn.ReLU: lambda m: Gate(1),
+    nn.ReLU: lambda m: _RELU,
     nn.LeakyReLU: _leaky_relu,
-    nn.Tanh: lambda m: Gate(3),
-    nn.Sigmoid: lambda m: Gate(4),
+    nn.Tanh: lambda m: _TANH,
+    nn.Sigmoid: lambda m: _SIGMOID,
     nn.ELU: _elu,
     nn.Softplus: _softplus,
     nn.GELU: lambda m: Gate(8 if m.approximate == "tanh" else 7),
@@ -110,9 +111,12 @@ def gate_of(activation: nn.Module | None) -> Gate | None:
     A module with hooks is called too, since only a call fires them.
     """
     find = _GATES.get(type(activation))
-    if find is None or activation._forward_hooks or activation._forward_pre_hooks:
+    if find is None:
         return None
-    if activation._backward_hooks or activation._backward_pre_hooks:
+    of = activation.__dict__  # by far quicker than the attributes
+    if of["_forward_hooks"] or of["_forward_pre_hooks"]:
+        return None
+    if of["_backward_hooks"] or of["_backward_pre_hooks"]:
         return None
     return find(activation)
 

@@ -59,16 +59,17 @@ def _run(
     modules = [] if sequential is None else list(sequential._modules.values())
     if place >= len(modules) or modules[place] is not first:
         return [], []
-    layers, gates, width = [], [], x.shape[-1]
+    kind, memory, width = type(first), (x.dtype, x.device), x.shape[-1]
     row_bytes = x.dtype.itemsize * (x.numel() // max(width, 1))
     room = plan.workspace(x.device)
+    layers, gates = [], []
     for layer, reader in zip(modules[place:], modules[place + 1 :], strict=False):
-        if type(layer) is not type(first) or type(reader) is not type(first):
+        if type(layer) is not kind or type(reader) is not kind:
             break
-        gate = _gate(layer, x, width)
-        if gate is None:
+        weight, gate = _ready(layer)
+        if gate is None or (weight.dtype, weight.device) != memory or weight.shape[1] != width:
             break
-        width = layer._parameters["weight"].shape[0]
+        width = weight.shape[0]
         room -= row_bytes * width
         if room < 0:
             break
@@ -77,26 +78,22 @@ def _run(
     return layers, gates
 
 
-def _gate(layer: nn.Module, x: Tensor, width: int) -> Gate | None:
-    """The gate of a layer that may be computed ahead of its call: no hook waits for that."""
+def _ready(layer: nn.Module) -> tuple[Tensor | None, Gate | None]:
+    """Weight and gate of a layer that may be computed ahead of its call: no hook waits for it."""
     of = layer.__dict__  # by far quicker than the attributes
     if of["_forward_hooks"] or of["_forward_pre_hooks"]:
-        return None
+        return None, None
     if of["_backward_hooks"] or of["_backward_pre_hooks"]:
-        return None
-    if "forward" in of or layer._compiled_call_impl is not None:
-        return None
+        return None, None
+    if "forward" in of or of.get("_compiled_call_impl") is not None:
+        return None, None
     weight, bias = of["_parameters"].get("weight"), of["_parameters"].get("bias")
-    for parameter in (weight,) if bias is None else (weight, bias):
-        if type(parameter) is not nn.Parameter or not parameter.requires_grad:
-            return None
-        if parameter.dtype != x.dtype or parameter.device != x.device:
-            return None
-    rows, columns = weight.shape
-    if columns != width or (bias is not None and bias.shape != (rows,)):
-        return None
+    if type(weight) is not nn.Parameter or not weight.requires_grad:
+        return None, None
+    if bias is not None and (type(bias) is not nn.Parameter or not bias.requires_grad):
+        return None, None
     gate = gate_of(of["_modules"].get("activation"))
-    return gate if gate is not None and gate.from_output else None
+    return weight, gate if gate is not None and gate.from_output else None
 
 
 def _compute(layers: list[nn.Module], gates: list[Gate], x: Tensor) -> Chain:

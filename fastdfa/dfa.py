@@ -155,24 +155,30 @@ class DFA(nn.Module):
         _check_output(y, self.output)
         units = tape.in_order()
         seed = self._read_seed(self._key)
-        key = None
-        if not torch.compiler.is_compiling():
-            key = plan.key(units, y)
-        if key is not None:
-            settings = (self.feedback, ops.allow_tf32(y.device, torch.float32))
-            key = (*key, tape.in_turn, seed, *settings)
-        made = self._plan
-        if made is None or key is None or made.key != key:
-            made = self._planned(tape, units, y, key, seed)
-            self._plan = None if key is None else made
-        elif any(unit.modified for unit in units):
-            points = plan.expanded(units)
-            plan.check_unmodified(points, self._name(points))
+        if torch.compiler.is_compiling():  # a traced plan is part of the graph
+            made = self._planned(tape, units, y, None, seed)
+        else:
+            made = self._plan_of(tape, units, y, seed)
         y = self._fed(made.nodes, plan.receivers(units, made.chains), y)
         if not made.chains:
             return y
         chains = [(node, units[node.unit]) for node in made.chains]
         return announce(y, [(chain, node.group, node.dense) for node, chain in chains])
+
+    def _plan_of(self, tape: Tape, units: list[Point | Chain], y: Tensor, seed: int) -> plan.Plan:
+        """The plan of the pass before, where that serves this one as well."""
+        key = plan.key(units, y)
+        if key is not None:
+            settings = (self.feedback, ops.allow_tf32(y.device, torch.float32))
+            key = (*key, tape.in_turn, seed, *settings)
+        made = self._plan
+        if key is None or made is None or made.key != key:
+            made = self._planned(tape, units, y, key, seed)
+            self._plan = None if key is None else made
+        elif any(unit.modified for unit in units):
+            points = plan.expanded(units)
+            plan.check_unmodified(points, self._name(points))
+        return made
 
     def _planned(
         self, tape: Tape, units: list[Point | Chain], y: Tensor, key: Any, seed: int

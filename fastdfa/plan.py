@@ -143,11 +143,18 @@ def whole_chains(
 
 
 def fed(points: list[Point]) -> list[int]:
-    """The places of the points that are fed: of several that read one tensor, the first."""
-    first: dict[int, int] = {}
+    """The places of the points that are fed: of several that read one tensor, the first.
+
+    Not by id: compiled in pieces, a step guards its value and is compiled again each time.
+    """
+    places: list[int] = []
     for place, point in enumerate(points):
-        first.setdefault(id(point.tensor), place)
-    return list(first.values())
+        for other in places:
+            if points[other].tensor is point.tensor:
+                break
+        else:
+            places.append(place)
+    return places
 
 
 def batches(points: list[Point], feeds: list[Feed], in_turn: bool) -> list[Batch]:

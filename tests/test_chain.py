@@ -258,6 +258,10 @@ class Used(nn.Module):
             with torch.no_grad():
                 h = b(a(x))
             return self.head(c(h))
+        if self.how == "in turns another pass":
+            h = a(x)
+            self.odd = not getattr(self, "odd", False)
+            return self.head(b(h) + c(h.clone() if self.odd else h))
         h = a(x)  # "two passes"
         self.layers(x)
         return self.head(c(b(h)))
@@ -266,6 +270,7 @@ class Used(nn.Module):
 USES = [
     "stops early", "skips a layer", "twice", "changed between", "normalised between",
     "an output of two readers", "read by another first", "under no_grad", "two passes",
+    "in turns another pass",
 ]  # fmt: skip
 
 

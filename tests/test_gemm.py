@@ -183,6 +183,7 @@ def test_opcheck(index):
     (dict(x=randn(6, 4)), ["weights[0]", "4 columns", "[8, 5]"]),
     (dict(weights=[randn(8, 5), randn(3, 7)]), ["weights[1]", "8 columns", "[3, 7]"]),
     (dict(weights=[randn(8, 5), randn(3, 8).float()]), ["weights[1]", "Double", "Float"]),
+    (dict(weights=[randn(8, 5), randn(3, 8).to("meta")]), ["weights[1]", "cpu", "meta"]),
     (dict(weights=[randn(8, 5)]), ["biases", "1", "2"]),
     (dict(biases=[None, randn(4)]), ["biases[1]", "3", "[4]"]),
     (dict(biases=[None, randn(3).float()]), ["biases[1]", "Double", "Float"]),

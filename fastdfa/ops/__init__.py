@@ -140,6 +140,8 @@ def project_gate(
         ValueError, TypeError: where shapes, lengths, dtypes or devices do not fit.
     """
     code = _distribution(distribution)
+    if not isinstance(error, Tensor):
+        raise TypeError(f"error must be a tensor, got {type(error).__name__}")
     if not build.available(error.device.type):
         # A traced call is checked by nobody: Dynamo knows too little of the shapes here.
         if not torch.compiler.is_compiling():
@@ -358,6 +360,14 @@ def _check_feedback(index: int, matrix: Tensor, error: Tensor, readers: Sequence
         raise ValueError(f"feedback[{index}] must be on {error.device}, got {matrix.device}")
 
 
+def _check_devices(first: Tensor, **lists: Sequence[Tensor]) -> None:
+    """One tensor on the meta device takes a call there, whatever the others are on."""
+    for name, tensors in lists.items():
+        for i, x in enumerate(tensors):
+            if x.device != first.device:
+                raise ValueError(f"{name}[{i}] must be on {first.device}, got {x.device}")
+
+
 def _register_fakes() -> None:
     """Shapes and dtypes of the ops' results, for torch.compile and opcheck."""
 
@@ -366,6 +376,7 @@ def _register_fakes() -> None:
         error, feedback, seed, streams, distribution, saved, kinds, params, scales, sum_error,
         allow_tf32,
     ):  # fmt: skip
+        _check_devices(error, feedback=feedback, saved=saved)
         deltas = [h.new_empty(h.shape) for h in saved]
         wide = [accumulation_dtype(h.dtype) for h in saved]
         bias_grads = [h.new_empty(h.shape[1], dtype=d) for h, d in zip(saved, wide, strict=True)]
@@ -386,10 +397,12 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("fastdfa::linear_chain")
     def _(x, weights, biases, kinds, params):
+        _check_devices(x, weights=weights, biases=[b for b in biases if b is not None])
         return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
     @torch.library.register_fake("fastdfa::weight_gradients")
     def _(deltas, inputs):
+        _check_devices(deltas[0], deltas=deltas, inputs=inputs)
         pairs = zip(deltas, inputs, strict=True)
         return [delta.new_empty(delta.shape[1], x.shape[1]) for delta, x in pairs]
 

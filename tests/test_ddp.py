@@ -7,6 +7,7 @@ wait here is bounded, and what torch's own DistributedDataParallel cannot do is 
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,22 +67,18 @@ def train(rank, folder):
             seed=int(model.seed), gradients=gradients(model), B=B, state=model.state_dict()
         )
     for kind in KINDS:
-        found[kind] = gradients(half_of(kind, rank, nn.parallel.DistributedDataParallel))
+        found[kind] = half_of(kind, rank, nn.parallel.DistributedDataParallel)
     mesh = init_device_mesh("cpu", (2,))
     for kind in SHARDED:
         for by_block in (False, True):
-            model = half_of(kind, rank, lambda model, b=by_block: shard(model, mesh, b))
-            found[kind, by_block] = {n: p.grad.full_tensor() for n, p in named(model)}
+            wrap = partial(shard, mesh=mesh, by_block=by_block)
+            found[kind, by_block] = half_of(kind, rank, wrap)
     for kind in CUT_AT_THE_END:
         for with_root in (False, True):
-            model = half_of(kind, rank, lambda model, r=with_root: shard_whole(model, mesh, r))
-            found[kind, "whole", with_root] = {n: averaged(p.grad) for n, p in named(model)}
+            wrap = partial(shard_whole, mesh=mesh, with_root=with_root)
+            found[kind, "whole", with_root] = half_of(kind, rank, wrap)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
-
-
-def named(model):
-    return model.module.named_parameters()
 
 
 def build_any(kind):
@@ -102,20 +99,25 @@ def build_any(kind):
 
 
 def half_of(kind, rank, wrap):
-    """A model of that kind after two backward passes, of which the second counts, of this
-    process's half of the batch."""
+    """The gradients of the second of two backward passes of this process's half of the batch, of
+    the parameters that an optimizer would hold."""
     model, like = build_any(kind)
     wrapped = wrap(model.eval())  # so that batch normalisation does not see the half
+    parameters = dict(model.module.named_parameters())
     inputs, g = data(like, ROWS)
     rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
     for _ in range(2):
         wrapped.zero_grad()
         run(wrapped, [x[rows] for x in inputs], 2 * g[rows])  # as the gradients are averaged
-    return model
+    if wrap is nn.parallel.DistributedDataParallel:  # which must have averaged them itself
+        return {name: p.grad for name, p in parameters.items()}
+    return {name: averaged(p.grad) for name, p in parameters.items()}
 
 
 def averaged(gradient):
-    """Over the processes; what is sharded is so already."""
+    """Over the processes; what is sharded is so already, and the rest where there is no root."""
+    if gradient is None:
+        return None
     if isinstance(gradient, DTensor):
         return gradient.full_tensor()
     dist.all_reduce(gradient)

@@ -23,6 +23,7 @@ from step import draw
 ROWS = {
     "kernels-cuda": ("milliseconds", "of_copy", "of_product", "peak_mib"),
     "step-cuda": ("milliseconds", "to_backprop", "to_limit", "peak_mib"),
+    "kinds-cuda": ("milliseconds", "to_backprop", "bound", "peak_mib"),
 }
 
 

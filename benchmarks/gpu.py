@@ -1,6 +1,6 @@
 """Builds, tests and measures on a machine with a CUDA GPU; what `make gpu` runs.
 
-    python3 benchmarks/gpu.py [build] [test] [sanitize] [kernels] [step] [--out DIR]
+    python3 benchmarks/gpu.py [build] [test] [sanitize] [kernels] [step] [kinds] [--out DIR]
 
 Uses the Python environment that is active and needs no network: nothing is installed. Every part
 has a log and a limit of time, and one that fails stops no other, but for `build`. What is measured
@@ -11,6 +11,7 @@ goes into the tracked results by `benchmarks/collect.py DIR`.
     sanitize   compute-sanitizer's four tools over the tests marked `sanitize`
     kernels    benchmarks/kernels.py --device cuda
     step       benchmarks/step.py --device cuda
+    kinds      benchmarks/step_kinds.py --device cuda
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ NEEDS = {
     "sanitize": ["torch", "numpy", "pytest"],
     "kernels": ["torch", "numpy", "rich"],
     "step": ["torch", "numpy", "rich"],
+    "kinds": ["torch", "numpy", "rich"],
+}
+MEASURED = {  # the commands of the parts that measure
+    "kernels": ["benchmarks/kernels.py"],
+    "step": ["benchmarks/step.py", "--no-picture"],
+    "kinds": ["benchmarks/step_kinds.py"],
 }
 
 
@@ -130,9 +137,7 @@ def commands(part: str, facts: dict[str, Any], out: Path, limit: float) -> list[
     if part == "sanitize":
         tool = sanitizer()
         return [] if tool is None else sanitizing(tool, [*pytest, "-m", "sanitize"])
-    if part == "kernels":
-        return [Command([python, "benchmarks/kernels.py", *measured])]
-    return [Command([python, "benchmarks/step.py", *measured, "--no-picture"])]
+    return [Command([python, *MEASURED[part], *measured])]
 
 
 def sanitizer() -> str | None:
@@ -258,7 +263,7 @@ def store(out: Path, facts: dict[str, Any], results: list[Result]) -> None:
 def report(out: Path, facts: dict[str, Any], results: list[Result]) -> None:
     """The tables of what was measured, the ends of the logs that failed, and the summary last."""
     for result in results:
-        failed, measures = result.state == "failed", result.part in ("kernels", "step")
+        failed, measures = result.state == "failed", result.part in MEASURED
         if failed or measures:
             print(f"\n== {result.part}: the end of {out / result.part}.log")
             print(tail(out / f"{result.part}.log", 5000 if measures else 3500))

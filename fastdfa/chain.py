@@ -38,7 +38,7 @@ def begin(layer: nn.Module, x: Tensor) -> Tensor | None:
     tape = state.tape
     if tape is None or tape.tapped is not None or not torch.is_grad_enabled():
         return None
-    if x.requires_grad or saved_tensor_hooks_active():
+    if not tape.looks_ahead or x.requires_grad or saved_tensor_hooks_active():
         return None
     layers, gates = _run(layer, x, *tape.root.place(layer))
     if len(layers) < 2:

@@ -58,8 +58,8 @@ def convert(
     attention, which is never called) are left alone: they train by local backprop.
 
     Args:
-        model: the network, before DistributedDataParallel wraps it, but after fully_shard sharded
-            its blocks, whose gradient it waits for.
+        model: the network, before DistributedDataParallel wraps it, and before fully_shard takes
+            single layers of it, which would then be left alone.
         feedback, output, allow_bypass: as in `DFA`.
         blocks: which modules have a feedback point behind them, of the same name: classes, or
             patterns of qualified names, in which `*` stays within one part ("encoder.layers.*").

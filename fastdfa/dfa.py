@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import feedback as feedback_rules
-from . import graph, ops, plan
+from . import fsdp, graph, ops, plan
 from .broadcast import Broadcast, BroadcastInTurn, Group, Send, Target, announce
 from .feedback import DenseCache, Feedback, Source
 from .ops.reference import accumulation_dtype
@@ -98,8 +98,10 @@ class DFA(nn.Module):
         plain = not torch.is_grad_enabled() or torch.compiler.is_exporting()
         if plain or any(self is root for root in state.true_gradients):
             return self.module(*args, **kwargs)
+        sharded = not torch.compiler.is_compiling() and fsdp.watch_sharded_blocks(self.module)
         inputs = [x for x in tree_leaves((args, kwargs)) if _requires_grad(x)]
         tape = Tape(self, inputs, self._install_tap())
+        tape.looks_ahead = not sharded  # the weights of a layer are there when it is called
         state.tape = tape
         try:
             y = self.module(*args, **kwargs)

@@ -261,6 +261,7 @@ class Tape:
         self.points: Point | Chain | None = None
         self.newest: LayerRecord | Chain | None = None  # the layers, of which one may be read next
         self.chain: Chain | None = None  # the newest
+        self.looks_ahead = True  # whether layers may be computed ahead of their calls
         self.readers: list[tuple[Tensor, Edge]] = []  # a cut tensor, and what a layer made of it
         self.skipped: nn.Module | None = None  # a layer that was called with gradients disabled
         self.in_turn = True  # whether points may be fed one by one; not where hooks replace that

@@ -1,6 +1,7 @@
 """PyTorch's own tools around every kind of network (contract 8); two processes: test_ddp.py."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -155,6 +156,102 @@ def test_clipping_and_parameter_groups(kind):
         rate = 0.1 if p.dim() > 1 else 0.5
         assert_close(p, before[name] - rate * 0.5 * expected[name], 1e-6)  # torch adds 1e-6
 
+
+# Trainers ------------------------------------------------------------------------------------
+
+
+class Task(nn.Module):
+    """What a user of Lightning writes: the root is a module inside it."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch):
+        inputs, g = batch
+        return (self.net(*inputs) * g).sum()
+
+    def validation_step(self, batch):
+        return self.net(*batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Trainer:
+    """Lightning's automatic optimisation: all of a step happens in a closure that the optimizer
+    calls; gradients of several batches are accumulated, then clipped; validation in between."""
+
+    def __init__(self, accumulate_grad_batches, gradient_clip_val):
+        self.every, self.clip = accumulate_grad_batches, gradient_clip_val
+
+    def fit(self, task, batches):
+        optimizer = task.configure_optimizers()
+        self.validate(task, batches[0])  # before anything was trained
+        for number, batch in enumerate(batches):
+            first, last = number % self.every == 0, (number + 1) % self.every == 0
+            closure = partial(self.closure, task, optimizer, batch, first, last)
+            if last:
+                optimizer.step(closure)
+                self.validate(task, batch)
+            else:
+                closure()
+
+    def closure(self, task, optimizer, batch, first, last):
+        loss = task.training_step(batch)
+        if first:
+            optimizer.zero_grad()
+        loss.backward()
+        if last:
+            nn.utils.clip_grad_norm_(task.parameters(), self.clip)
+        return loss.detach()
+
+    def validate(self, task, batch):
+        task.eval()
+        with torch.inference_mode():
+            task.validation_step(batch)
+        task.train()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@every_kind
+def test_a_trainer_of_closures(kind, every):
+    """Ends with the weights that the definition's gradients, summed and clipped, lead to."""
+    model = build(kind)
+    batches = [(data(kind)[0], randn(*data(kind)[1].shape, seed=s)) for s in range(4)]
+    by_hand = copy.deepcopy(model)
+    by_hand(*batches[0][0])  # the definition takes its points from the latest forward pass
+    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    Trainer(every, gradient_clip_val := 1.0).fit(Task(model), batches)
+    for start in range(0, len(batches), every):
+        found = [definition(kind, by_hand, *batch)[1] for batch in batches[start : start + every]]
+        total = {name: sum(gradients[name] for gradients in found) for name in found[0]}
+        norm = torch.stack([gradient.norm() for gradient in total.values()]).norm()
+        assert norm > gradient_clip_val
+        with torch.no_grad():
+            for name, p in by_hand.module.named_parameters():
+                p -= 0.1 * gradient_clip_val / norm * total[name]
+    for name, p in by_hand.module.named_parameters():
+        actual = dict(model.module.named_parameters())[name]
+        assert_close(actual - before[name], p - before[name], 1e-5)  # torch adds 1e-6 to the norm
+
+
+@every_kind
+def test_an_optimizer_that_calls_its_closure_often(kind):
+    model = build(kind)
+    inputs, g = data(kind)
+    weights = []
+
+    def closure():
+        weights.append(next(model.parameters()).detach().clone())
+        check(kind, model, inputs, g)
+        return (model(*inputs) * g).sum().detach()
+
+    torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3).step(closure)
+    assert len(weights) > 2 and not torch.equal(weights[0], weights[-1])
+
+
+# Frozen layers -------------------------------------------------------------------------------
 
 FROZEN = {  # the first layer; one in the middle
     "mlp": ("0", "1"), "cnn": ("0", "1"), "resnet": ("0", "2"),

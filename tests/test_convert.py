@@ -449,7 +449,7 @@ def test_a_block_that_returns_a_dict_is_refused_in_training_alone():
 
 
 def test_hooks_from_before_see_the_output_as_it_was():
-    """As fully_shard's do, which wait for its gradient: wrap blocks first, then convert."""
+    """As those do that wait for its gradient, such as fully_shard's."""
     net = nested().double()
     seen = []
 

@@ -7,6 +7,7 @@ wait here is bounded, and what torch's own DistributedDataParallel cannot do is 
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ import torch
 import torch.distributed as dist
 from kinds import ResidualBlock, data, run
 from kinds import build as build_kind
-from networks import assert_close, gradients, mlp, randn, step
+from networks import RULE, assert_close, gradients, mlp, randn, step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import fastdfa
 
@@ -32,6 +34,7 @@ ROWS, SEEDS = 8, (11, 22)
 DDP = ("fused", "general", "separate")
 KINDS = ("cnn", "transformer")
 SHARDED = ("mlp", "cnn", "resnet", "transformer", "recurrent")
+CUT_AT_THE_END = ("resnet", "converted", "fused")  # of networks whose blocks are sharded whole
 SECONDS = 60  # that torch alone may take; 3 are usual, for all
 
 
@@ -64,36 +67,61 @@ def train(rank, folder):
             seed=int(model.seed), gradients=gradients(model), B=B, state=model.state_dict()
         )
     for kind in KINDS:
-        found[kind] = gradients(half_of(kind, rank, nn.parallel.DistributedDataParallel))
+        found[kind] = half_of(kind, rank, nn.parallel.DistributedDataParallel)
     mesh = init_device_mesh("cpu", (2,))
     for kind in SHARDED:
         for by_block in (False, True):
-            model = half_of(kind, rank, lambda model, b=by_block: shard(model, mesh, b))
-            found[kind, by_block] = {n: p.grad.full_tensor() for n, p in named(model)}
-    try:
-        model = half_of("resnet", rank, lambda model: shard_cut_blocks(model, mesh))
-        found["cut at the end"] = {n: p.grad.full_tensor() for n, p in named(model)}
-    except RuntimeError as error:
-        found["cut at the end"] = str(error)
+            wrap = partial(shard, mesh=mesh, by_block=by_block)
+            found[kind, by_block] = half_of(kind, rank, wrap)
+    for kind in CUT_AT_THE_END:
+        for with_root in (False, True):
+            wrap = partial(shard_whole, mesh=mesh, with_root=with_root)
+            found[kind, "whole", with_root] = half_of(kind, rank, wrap)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def named(model):
-    return model.module.named_parameters()
+def build_any(kind):
+    """One of kinds.py, or of those whose blocks end in a cut, with the kind that has its inputs."""
+    torch.manual_seed(0)
+    if kind == "converted":
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        model = nn.Sequential(nn.Embedding(11, 8), encoder, nn.Linear(8, 3)).double()
+        return fastdfa.convert(model, RULE, blocks=["0", nn.TransformerEncoderLayer]), "transformer"
+    if kind == "fused":
+        ends = [
+            nn.Sequential(fastdfa.Linear(n, m, activation="tanh"), fastdfa.FeedbackPoint())
+            for n, m in ((5, 8), (8, 8))
+        ]
+        return fastdfa.DFA(nn.Sequential(*ends, nn.Linear(8, 3)).double(), RULE), "mlp"
+    return build_kind(kind), kind
 
 
 def half_of(kind, rank, wrap):
-    """A model of that kind after two backward passes, of which the second counts, of this
-    process's half of the batch."""
-    model = build_kind(kind).eval()  # so that batch normalisation does not see the half
-    wrapped = wrap(model)
-    inputs, g = data(kind, ROWS)
+    """The gradients of the second of two backward passes of this process's half of the batch, of
+    the parameters that an optimizer would hold."""
+    model, like = build_any(kind)
+    wrapped = wrap(model.eval())  # so that batch normalisation does not see the half
+    parameters = dict(model.module.named_parameters())
+    inputs, g = data(like, ROWS)
     rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
     for _ in range(2):
         wrapped.zero_grad()
         run(wrapped, [x[rows] for x in inputs], 2 * g[rows])  # as the gradients are averaged
-    return model
+    if wrap is nn.parallel.DistributedDataParallel:  # which must have averaged them itself
+        return {name: p.grad for name, p in parameters.items()}
+    return {name: averaged(p.grad) for name, p in parameters.items()}
+
+
+def averaged(gradient):
+    """Over the processes; what is sharded is so already, and the rest where there is no root."""
+    if gradient is None:
+        return None
+    if isinstance(gradient, DTensor):
+        return gradient.full_tensor()
+    dist.all_reduce(gradient)
+    return gradient / 2
 
 
 def shard(model, mesh, by_block):
@@ -108,12 +136,16 @@ def shard(model, mesh, by_block):
     return model
 
 
-def shard_cut_blocks(model, mesh):
-    """Whole residual blocks, at whose end the cut is."""
-    for module in model.modules():
-        if isinstance(module, ResidualBlock):
+def shard_whole(model, mesh, with_root):
+    """Every block, and the cut at its end with it."""
+    blocks = (ResidualBlock, nn.TransformerEncoderLayer, nn.Embedding)
+    for module in list(model.modules()):
+        ends_cut = isinstance(module, nn.Sequential) and isinstance(
+            module[-1], fastdfa.FeedbackPoint
+        )
+        if isinstance(module, blocks) or ends_cut:
             fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh) if with_root else model
 
 
 def finish(processes, seconds):
@@ -169,21 +201,18 @@ def test_gradients_are_those_of_the_joint_batch(found, kind):
     assert_close(one["gradients"], gradients(joint))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *((k, b) for k in SHARDED for b in (False, True))])
+ALONE = [*KINDS, *((k, by_block) for k in SHARDED for by_block in (False, True))]
+WHOLE = [(k, "whole", with_root) for k in CUT_AT_THE_END for with_root in (False, True)]
+
+
+@pytest.mark.parametrize("kind", [*ALONE, *WHOLE], ids=str)
 def test_networks_have_the_gradients_of_the_joint_batch(found, kind):
-    """Under DistributedDataParallel, and sharded as a whole or by blocks."""
-    joint = build_kind(kind if isinstance(kind, str) else kind[0]).eval()
-    run(joint, *data(kind if isinstance(kind, str) else kind[0], ROWS))
+    """Under DistributedDataParallel, and sharded as a whole, by blocks, or by blocks that end in a
+    cut, with a root round them and without."""
+    joint, like = build_any(kind if isinstance(kind, str) else kind[0])
+    run(joint.eval(), *data(like, ROWS))
     for rank in (0, 1):
         assert_close(found[rank][kind], gradients(joint))
-
-
-def test_a_cut_at_the_end_of_a_sharded_block_is_right_or_refused(found):
-    expected = build_kind("resnet").eval()
-    run(expected, *data("resnet", ROWS))
-    for rank in (0, 1):
-        if not isinstance(found[rank]["cut at the end"], str):
-            assert_close(found[rank]["cut at the end"], gradients(expected))
 
 
 def test_the_joint_batch_sees_both_halves():

@@ -64,12 +64,13 @@ def test_a_part_that_fails_stops_no_other(monkeypatch, tmp_path, capsys):
     commands["sanitize"] = []
     assert run(monkeypatch, tmp_path, [], commands) == 1
     assert states(tmp_path) == {
-        "build": "ok", "test": "failed", "sanitize": "skipped", "kernels": "ok", "step": "ok"
+        "build": "ok", "test": "failed", "sanitize": "skipped", "kernels": "ok", "step": "ok",
+        "kinds": "ok",
     }  # fmt: skip
     assert "after" in (tmp_path / "test.log").read_text()
     printed = capsys.readouterr().out
     assert "word" in printed and "exit code 3, ok" in printed
-    assert printed.rstrip().splitlines()[-1].startswith("step")
+    assert printed.rstrip().splitlines()[-1].startswith("kinds")
     assert run(monkeypatch, tmp_path, ["test"], {}) == 0  # what the others left stays
     assert states(tmp_path)["test"] == "ok" and "kernels" in states(tmp_path)
 
@@ -103,6 +104,16 @@ def test_the_probe_knows_this_environment():
     assert "torch" not in facts["missing"] and isinstance(facts["kernels"], list)
 
 
+@pytest.mark.parametrize("part, script", [
+    ("kernels", "kernels.py"), ("step", "step.py"), ("kinds", "step_kinds.py"),
+])  # fmt: skip
+def test_a_part_that_measures_runs_its_script_on_the_gpu(tmp_path, part, script):
+    (command,) = gpu.commands(part, FACTS, tmp_path, 100.0)
+    assert (gpu.ROOT / command.words[1]).name == script and (gpu.ROOT / command.words[1]).exists()
+    rest = " ".join(command.words[2:])
+    assert f"--device cuda --out {tmp_path} --budget 70" in rest
+
+
 def test_the_sanitizer_runs_all_four_tools(tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text("#!/bin/sh\necho --kernel-regex\n")
@@ -129,9 +140,9 @@ def result(**changes):
     return {"machine": machine, "rows": [row]} | changes
 
 
-def written(folder, content):
+def written(folder, content, name="step-cuda"):
     folder.mkdir(exist_ok=True)
-    (folder / "step-cuda.json").write_text(json.dumps(content))
+    (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
 
 
@@ -147,6 +158,16 @@ def test_results_are_taken_over(tmp_path):
     faster["rows"][0]["milliseconds"]["fastdfa"] = spread(1.0)
     lines = collect.collect(written(tmp_path / "run", faster), target)
     assert "8x4096 / 4096, fastdfa: 1.0000 ms (-20%)" in lines
+
+
+def test_results_of_every_kind_of_network_are_taken_over(tmp_path):
+    content = result()
+    content["rows"][0] |= {"case": "a network", "bound": 1.2}
+    lines = collect.collect(written(tmp_path / "run", content, "kinds-cuda"), tmp_path)
+    assert "a network, fastdfa: 1.2500 ms (new)" in lines
+    del content["rows"][0]["bound"]
+    with pytest.raises(ValueError, match="a network: no bound"):
+        collect.collect(written(tmp_path / "run", content, "kinds-cuda"), tmp_path)
 
 
 @pytest.mark.parametrize("change, words", [

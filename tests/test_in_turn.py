@@ -78,11 +78,20 @@ def test_one_projection_exists_at_a_time(projections):
     check(model)
 
 
-def test_points_of_one_size_share_a_projection(projections):
+@pytest.mark.parametrize("few, made", [(2, 1), (3, 3)])
+def test_points_of_one_size_share_a_projection_that_is_dear(projections, monkeypatch, few, made):
+    """Of three classes; where that is few, each is made anew, and gone before the next."""
+    monkeypatch.setattr(fastdfa.broadcast, "_FEW_CLASSES", few)
     model = fastdfa.DFA(blocks([5, 8, 8, 8, 3]), feedback=RULE)
     loss = (model(X) * G).sum()
+    alive = []
+    for block in model.module[:3]:
+        block[0].weight.register_hook(
+            lambda grad: alive.append(sum(not r.expired() for r in itertools.chain(*projections)))
+        )
     loss.backward()
-    assert len(projections) == 1 and all(r.expired() for r in projections[0])
+    assert len(projections) == made and all(r.expired() for r in itertools.chain(*projections))
+    assert alive == ([1, 1, 0] if made == 1 else [0, 0, 0])
     check(model)
 
 

@@ -33,6 +33,15 @@ class Layout(NamedTuple):
         return max(features for _, features, _, _ in self.points)
 
 
+class Place(NamedTuple):
+    """A point in the layout: its name, n_l, and the scale and stream of its B."""
+
+    name: str
+    features: int
+    scale: float
+    stream: int
+
+
 class DFA(nn.Module):
     """Trains the network it wraps by direct feedback alignment.
 
@@ -94,15 +103,20 @@ class DFA(nn.Module):
         plain = not torch.is_grad_enabled() or torch.compiler.is_exporting()
         if plain or any(self is root for root in state.true_gradients):
             return self.module(*args, **kwargs)
+        if state.streaming is not None and state.streaming.root is self:
+            return state.streaming.forward(args, kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if _requires_grad(x)]
-        tape = Tape(self, inputs, self._install_tap())
+        return self._run(Tape(self, inputs, self._install_tap()), args, kwargs)
+
+    def _run(self, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output, of a forward pass that writes on this tape."""
         state.tape = tape
         try:
             y = self.module(*args, **kwargs)
         finally:
             state.tape = None
         if self.output is None:
-            return self._broadcast(tape, y)
+            return tape.end(y)
         if tape.tapped is None:
             raise RuntimeError(
                 f"output={self.output!r}: that submodule was not called in this forward pass, "
@@ -148,35 +162,45 @@ class DFA(nn.Module):
 
     def _broadcast(self, tape: Tape, y: Any) -> Any:
         """Returns y with the backward of DFA behind it."""
-        _check_output(y, self.output)
+        check_output(y, self.output)
         points = tape.in_order()
         eager = not torch.compiler.is_compiling()
         names = self._name(points)
-        features = [
-            plan.features_of(point, name, y) for point, name in zip(points, names, strict=True)
-        ]
-        sizes = tuple(
-            (name, n, point.tensor.dtype, point.tensor.device)
-            for point, name, n in zip(points, names, features, strict=True)
-        )
-        classes = index(y.shape[-1])
-        if eager and Layout(classes, sizes) != self._layout:
+        layout = self._lay_out(points, names, y)
+        if eager and layout != self._layout:
             graph.check(self, tape, points, names, y)
         if not points:
             return y
-        scales, streams = self._settle(classes, sizes)
-        targets = [
-            plan.target_of(point, y, n, scale, stream, self._keeps_dense(classes, features, point))
-            for point, n, scale, stream in zip(points, features, scales, streams, strict=True)
+        places = self._places(layout)
+        return self._feed(points, places, layout.widest, y, eager and tape.in_turn)
+
+    def _places(self, layout: Layout) -> list[Place]:
+        """Of every point, what settles its B; an error where a size is not as before."""
+        scales, streams = self._settle(*layout)
+        return [
+            Place(name, features, scale, stream)
+            for (name, features, _, _), scale, stream in zip(
+                layout.points, scales, streams, strict=True
+            )
         ]
-        if eager:
-            plan.check_unmodified(points, names)
+
+    def _feed(
+        self, points: list[Point], places: list[Place], widest: int, y: Tensor, in_turn: bool
+    ) -> Tensor:
+        """Returns y, in the backward of which the error is fed to these points of the layout."""
+        classes = index(y.shape[-1])
+        targets = [
+            plan.target_of(point, y, *place[1:], dense=self._keeps_dense(classes, widest, point))
+            for point, place in zip(points, places, strict=True)
+        ]
+        if not torch.compiler.is_compiling():
+            plan.check_unmodified(points, [place.name for place in places])
         seed = self._read_seed(self._key)
         # What passes through the groups of each device: y itself, or what stands for it there.
         passing = {y.device: y}
         # Applied from the input up, so that the top group is the first in backward.
-        for batch in reversed(plan.batches(points, targets, eager and tape.in_turn)):
-            group, tensors = self._group(batch, seed, classes, max(features))
+        for batch in reversed(plan.batches(points, targets, in_turn)):
+            group, tensors = self._group(batch, seed, classes, widest)
             if batch.device not in passing:
                 passing[batch.device] = y.new_empty((), device=batch.device).expand(y.shape)
             passed = passing[batch.device]
@@ -189,6 +213,14 @@ class DFA(nn.Module):
         for there in passing.values():
             y = Send.apply(y, there)
         return y
+
+    def _lay_out(self, points: list[Point], names: list[str], y: Tensor) -> Layout:
+        """The sizes of a pass; an error where the rows of a point are not those of y."""
+        sizes = tuple(
+            (name, plan.features_of(point, name, y), point.tensor.dtype, point.tensor.device)
+            for point, name in zip(points, names, strict=True)
+        )
+        return Layout(index(y.shape[-1]), sizes)
 
     def _group(
         self, batch: plan.Batch, seed: int, classes: int, widest: int
@@ -240,9 +272,9 @@ class DFA(nn.Module):
             matrices += self._dense(seed, stream, classes, features, order, dtype, batch.device)
         return matrices
 
-    def _keeps_dense(self, classes: int, features: list[int], point: Point) -> bool:
+    def _keeps_dense(self, classes: int, widest: int, point: Point) -> bool:
         dtype = accumulation_dtype(point.tensor.dtype)
-        return feedback_rules.fits_dense(self.feedback, classes, max(features), dtype)
+        return feedback_rules.fits_dense(self.feedback, classes, widest, dtype)
 
     # What is settled once, outside the traced graph: a compiled step sees constants, guarded by
     # the arguments.
@@ -377,7 +409,7 @@ def _tap(module: nn.Module, args: Any, output: Any) -> Any:
             f"output={tape.root.output!r}: that submodule was called twice in one forward pass, "
             "so there are two errors. Call it once on the stacked inputs"
         )
-    tape.tapped = tape.root._broadcast(tape, output)
+    tape.tapped = tape.end(output)
     return tape.tapped
 
 
@@ -408,7 +440,7 @@ def _check_module(module: nn.Module, output: str | None) -> None:
         raise ValueError(f"output must be one of {', '.join(names)}, got {output!r}")
 
 
-def _check_output(y: Any, tap: str | None) -> None:
+def check_output(y: Any, tap: str | None) -> None:
     where = "the output of the module" if tap is None else f"the output of {tap!r}"
     if not isinstance(y, Tensor):
         raise TypeError(

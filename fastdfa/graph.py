@@ -13,7 +13,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from .activations import KINDS
 from .conv import Conv1d, Conv2d
 from .layers import Linear
-from .tape import LayerRecord, Point, Tape
+from .tape import Point, Tape
 
 if TYPE_CHECKING:
     from .dfa import DFA
@@ -50,7 +50,7 @@ class _Regions:
     """
 
     def __init__(self, tape: Tape, points: list[Point], y: Tensor) -> None:
-        self.edges: list[Edge] = [_edge(_feedback_enters(point)) for point in points]
+        self.edges: list[Edge] = [(point.edge.node, point.edge.output_nr) for point in points]
         self.readers = _readers(tape, points)
         self.stops = {_edge(x) for x in tape.inputs}
         self.parameters: list[Tensor] = []  # trained by the output's true gradient
@@ -135,10 +135,6 @@ def _bypass_message(earlier: str, later: str) -> str:
         "fastdfa.convert(model, blocks=...) does, or accept the path with "
         "DFA(..., allow_bypass=True)"
     )
-
-
-def _feedback_enters(point: Point) -> Tensor:
-    return point.target.output if isinstance(point.target, LayerRecord) else point.tensor
 
 
 def _edge(x: Tensor) -> Edge:

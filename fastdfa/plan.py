@@ -43,7 +43,7 @@ def batches(
     """
     sizes = [x.tensor.numel() * x.tensor.dtype.itemsize for x in points]
     fused = all(isinstance(goal, LayerRecord) for _, goal in targets)
-    smallest = min(_workspace(point.tensor.device) for point in points)
+    smallest = min(workspace(point.tensor.device) for point in points)
     if in_turn and not fused and sum(sizes) > smallest:
         return _one_by_one(points, targets)
     batches: list[Batch] = []
@@ -55,7 +55,7 @@ def batches(
         if kind not in first or (fused and (size > room or kind != batches[-1][:2])):
             batches.append(Batch(*kind, [], []))
             first.setdefault(kind, batches[-1])
-            room = max(_workspace(kind[1]), size)
+            room = max(workspace(kind[1]), size)
         if fused:
             batches[-1].fused.append((target, goal))
             room -= size
@@ -80,7 +80,8 @@ def _one_by_one(
     return list(batches.values())
 
 
-def _workspace(device: torch.device) -> int:
+def workspace(device: torch.device) -> int:
+    """Bytes that may be held to feed several layers together."""
     return WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
 
 

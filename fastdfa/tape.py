@@ -9,21 +9,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .activations import Gate
 
+if TYPE_CHECKING:
+    from .stream import FirstPass
+
 
 class State(threading.local):
-    """Of each thread: the tape being written, and the roots inside a `backprop()` context."""
+    """Of each thread: the tape being written, the roots inside a `backprop()` context, and the
+    first pass of a `StreamingStep` that waits for its root to be called."""
 
     def __init__(self) -> None:
         self.tape: Tape | None = None
+        self.streaming: FirstPass | None = None
         self.true_gradients: tuple[nn.Module, ...] = ()
 
 
@@ -105,6 +110,12 @@ class Point(NamedTuple):
         """Of the feedback: that of `tensor`, but for its positions."""
         return self.tensor.shape if isinstance(self.target, LayerRecord) else self.target.shape
 
+    @property
+    def edge(self) -> GradientEdge:
+        """Where the feedback enters the graph of what is before the point."""
+        fused = isinstance(self.target, LayerRecord)
+        return get_gradient_edge(self.target.output if fused else self.tensor)
+
 
 class Token(torch.autograd.Function):
     """Holds the place of x in the graph at this moment, without holding its memory.
@@ -168,14 +179,31 @@ class Tape:
             if x is given:
                 return x
         if self.points is None or self.points.tensor is not x:
-            newest = self.layers
-            fused = newest is not None and newest.output is x and rows is None
-            if features is not None:
-                target = SpreadToken.apply(x, rows, features)
-            else:
-                target = newest if fused else Token.apply(x)
-            self.points = Point(layer, x, target, rows, self.points)
+            self.points = self.point(layer, x, rows, features)
         return x.detach()
+
+    def point(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Point:
+        """The newest point, of x, which what the newest layer recorded may take fused."""
+        newest = self.layers
+        fused = newest is not None and newest.output is x and rows is None
+        if features is not None:
+            target = SpreadToken.apply(x, rows, features)
+        else:
+            target = newest if fused else Token.apply(x)
+        return Point(layer, x, target, rows, self.points)
+
+    def passed(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> None:
+        """Notes that `layer` read x, which is no point, as no gradient is wanted for it."""
+        if not torch.is_grad_enabled():
+            self.skipped = layer
+
+    def read(self, x: Tensor, node: Node) -> None:
+        """Notes that `node` was computed from x behind its cut, for the search for bypasses."""
+        self.readers.append((x, node))
+
+    def end(self, y: Any) -> Any:
+        """The pass has come to the output y, at which the error is taken; y goes on as returned."""
+        return self.root._broadcast(self, y)
 
     def in_order(self) -> list[Point]:
         """The points from the input up; of several that read one tensor, the first."""
@@ -200,10 +228,10 @@ def cut(
     tape = state.tape
     if tape is None or tape.tapped is not None:
         return x
-    if not torch.is_grad_enabled():
-        tape.skipped = layer
-        return x
-    return tape.cut(layer, x, rows, features) if x.requires_grad else x
+    if torch.is_grad_enabled() and x.requires_grad:
+        return tape.cut(layer, x, rows, features)
+    tape.passed(layer, x, rows, features)
+    return x
 
 
 def note_reader(x: Tensor, output: Tensor) -> None:
@@ -211,4 +239,4 @@ def note_reader(x: Tensor, output: Tensor) -> None:
     tape = state.tape
     if tape is None or torch.compiler.is_compiling() or output.grad_fn is None:
         return
-    tape.readers.append((x, output.grad_fn))
+    tape.read(x, output.grad_fn)

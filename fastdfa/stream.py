@@ -83,20 +83,20 @@ class StreamingStep:
         self._check(parameters)
         updates = _Updates(self.optimizer)
         try:
-            loss, first = self._first_pass(closure)
+            loss, error, first = self._first_pass(closure)
             # A signal known beforehand, such as the target, would need the second pass alone.
-            if first.output.grad is not None:
-                self._second_pass(first, first.output.grad, updates)
+            if error is not None:
+                self._second_pass(first, error, updates)
             updates.finish()
         finally:
             for parameter in parameters:
                 parameter.grad = None
         return loss
 
-    def _first_pass(self, closure: Callable[[], Tensor]) -> tuple[Tensor, FirstPass]:
-        """The loss, and the pass, whose output has the error as its gradient.
+    def _first_pass(self, closure: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None, FirstPass]:
+        """The loss, the error at the output (None where the loss does not read it), and the pass.
 
-        What follows that output, and what the loss itself reads, have their gradients then.
+        What follows that output, and what else the loss reads, have their gradients then.
         """
         first = FirstPass(self.root, survey=self._schedule is None)
         state.streaming = first
@@ -107,7 +107,8 @@ class StreamingStep:
         _check_loss(loss, first)
         with first.call.without_autocast():
             loss.backward()
-        return loss.detach(), first
+        error, first.output = first.output.grad, None  # the logits may be large
+        return loss.detach(), error, first
 
     def _second_pass(self, first: FirstPass, error: Tensor, updates: _Updates) -> None:
         """Updates every parameter that learns from the error, [*rows, C]."""

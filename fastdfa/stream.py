@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -205,6 +206,17 @@ class _Call:
         return stack
 
 
+def _eagerly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that breaks the graph where it is compiled, at no cost where it is not."""
+    disabled = torch.compiler.disable(method)
+
+    @wraps(method)
+    def call(*args: Any) -> Any:
+        return disabled(*args) if torch.compiler.is_compiling() else method(*args)
+
+    return call
+
+
 class _End(BaseException):
     """Ends a second pass at the tap: what follows has learnt from the first pass."""
 
@@ -256,12 +268,12 @@ class FirstPass(Tape):
             with saved_tensors_hooks(lambda x: x.detach() if ended else None, _unpack):
                 yield
 
-    @torch.compiler.disable
+    @_eagerly
     def passed(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> None:
         super().passed(layer, x, rows, features)
         self._read(layer, x, rows, features, None)
 
-    @torch.compiler.disable
+    @_eagerly
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
         edge = None if x in self._cut else get_gradient_edge(x)
         reading = self._read(layer, x, rows, features, edge)
@@ -386,7 +398,7 @@ class _SecondPass(Tape):
     def read(self, x: Tensor, node: Node) -> None:
         pass
 
-    @torch.compiler.disable
+    @_eagerly
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
         if x not in self._cut:
             self._cut[x] = True

@@ -35,9 +35,10 @@ test: $(STAMP).built ## kernel tests, then every test with the kernels, then wit
 	$(PY) -m pytest -q $(ARGS)
 	FASTDFA_DISABLE_EXTENSION=1 $(PY) -m pytest -q -m "not slow" $(ARGS)
 
-bench: $(STAMP).built ## time and memory of a training step, and of each kernel
+bench: $(STAMP).built ## time and memory of a training step, also over depth, and of each kernel
 	$(PY) benchmarks/step.py $(ARGS)
 	$(PY) benchmarks/kernels.py $(ARGS)
+	$(PY) benchmarks/memory.py $(ARGS)
 
 readme: $(STAMP).packages ## the figures of README.md, from benchmarks/results
 	$(PY) benchmarks/readme.py

@@ -26,7 +26,8 @@ struct GemmParams {
 // How the work is cut. A task is a block of rows x columns of one product; the depth is summed in
 // blocks of fixed size, so the numbers do not depend on how many threads there are.
 struct GemmPlan {
-  int64_t block_rows, block_columns;  // multiples of row_quantum and column_quantum
+  int64_t block_rows, block_columns;  // multiples of gemm_rows and gemm_columns
+  int64_t panel_a, panel_b;           // elements of the packed panels; no panel of an unpacked `a`
   int64_t tasks;
 };
 
@@ -46,15 +47,21 @@ FASTDFA_INLINE int64_t gemm_tasks(const GemmProblem& g, const GemmPlan& plan) {
 FASTDFA_INLINE GemmPlan plan_gemm(const GemmParams& p, int64_t threads) {
   // Each task packs its own panels, so blocks are as large as threads leave them: columns are split
   // first, as packing b, which may have to be transposed, is what costs.
-  int64_t rows = 1, columns = 1;
+  int64_t rows = 1, columns = 1, depth = 1;
+  bool packed = false;
   for (int64_t i = 0; i < p.count; ++i) {
-    rows = max(rows, p.problems[i].rows), columns = max(columns, p.problems[i].columns);
+    const GemmProblem& g = p.problems[i];
+    rows = max(rows, g.rows), columns = max(columns, g.columns), depth = max(depth, g.depth);
+    packed = packed || g.a_column != 1;
   }
+  depth = min(depth, gemm_depth);
   GemmPlan plan{};
   int64_t row_parts = 1, column_parts = ceil_div(columns, gemm_most_columns);
   for (;;) {
     plan.block_rows = round_up(ceil_div(rows, row_parts), gemm_rows);
     plan.block_columns = round_up(ceil_div(columns, column_parts), gemm_columns);
+    plan.panel_a = packed ? depth * min(plan.block_rows, gemm_packed_rows) : 0;
+    plan.panel_b = depth * plan.block_columns;
     plan.tasks = 0;
     for (int64_t i = 0; i < p.count; ++i) plan.tasks += gemm_tasks(p.problems[i], plan);
     // Few tasks are shared out evenly only where they are a multiple of the threads.
@@ -82,7 +89,8 @@ FASTDFA_INLINE GemmTask find_gemm_task(const GemmParams& p, const GemmPlan& plan
 }
 
 // Elements that one thread needs: the packed panels of b and a, and a tile of the product.
-constexpr int64_t gemm_scratch =
-    gemm_depth * (gemm_most_columns + gemm_packed_rows) + gemm_rows * gemm_columns;
+FASTDFA_INLINE int64_t gemm_scratch(const GemmPlan& plan) {
+  return round_up(plan.panel_b + plan.panel_a + gemm_rows * gemm_columns, 64);
+}
 
 }  // namespace fastdfa

@@ -8,6 +8,7 @@ from .dfa import DFA, backprop
 from .feedback import PRESETS, Feedback
 from .inspect import inspect
 from .layers import FeedbackPoint, Linear
+from .stream import StreamingStep
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "Feedback",
     "FeedbackPoint",
     "Linear",
+    "StreamingStep",
     "__version__",
     "backprop",
     "build_info",

@@ -22,7 +22,8 @@ from .tape import Chain, Point, Receiver, Tape, state
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 _MADE_AGAIN = (
-    "_layout", "_scales", "_streams", "_cache", "_seed_version", "_plan", "_names", "_places",
+    "_layout", "_scales", "_streams", "_cache", "_seed_version", "_plan", "_names",
+    "_in_sequentials",
 )  # fmt: skip
 
 
@@ -35,6 +36,15 @@ class Layout(NamedTuple):
     @property
     def widest(self) -> int:
         return max(features for _, features, _, _ in self.points)
+
+
+class Settled(NamedTuple):
+    """What settles the B of a point: its name, n_l, the scale of the entries, and the stream."""
+
+    name: str
+    features: int
+    scale: float
+    stream: int
 
 
 class DFA(nn.Module):
@@ -98,17 +108,23 @@ class DFA(nn.Module):
         plain = not torch.is_grad_enabled() or torch.compiler.is_exporting()
         if plain or any(self is root for root in state.true_gradients):
             return self.module(*args, **kwargs)
+        if state.streaming is not None and state.streaming.root is self:
+            return state.streaming.forward(args, kwargs)
         sharded = not torch.compiler.is_compiling() and fsdp.watch_sharded_blocks(self.module)
         inputs = [x for x in tree_leaves((args, kwargs)) if _requires_grad(x)]
         tape = Tape(self, inputs, self._install_tap())
         tape.looks_ahead = not sharded  # the weights of a layer are there when it is called
+        return self._run(tape, args, kwargs)
+
+    def _run(self, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output, of a forward pass that writes on this tape."""
         state.tape = tape
         try:
             y = self.module(*args, **kwargs)
         finally:
             state.tape = None
         if self.output is None:
-            return self._broadcast(tape, y)
+            return tape.end(y)
         if tape.tapped is None:
             raise RuntimeError(
                 f"output={self.output!r}: that submodule was not called in this forward pass, "
@@ -154,7 +170,7 @@ class DFA(nn.Module):
 
     def _broadcast(self, tape: Tape, y: Any) -> Any:
         """Returns y with the backward of DFA behind it."""
-        _check_output(y, self.output)
+        check_output(y, self.output)
         units = tape.in_order()
         seed = self._read_seed(self._key)
         if torch.compiler.is_compiling():  # a traced plan is part of the graph
@@ -191,30 +207,13 @@ class DFA(nn.Module):
         points = [every[place] for place in places]
         eager = not torch.compiler.is_compiling()
         names = self._name(points)
-        features = [
-            plan.features_of(point, name, y) for point, name in zip(points, names, strict=True)
-        ]
-        sizes = tuple(
-            (name, n, point.tensor.dtype, point.tensor.device)
-            for point, name, n in zip(points, names, features, strict=True)
-        )
-        classes = index(y.shape[-1])
-        if eager and Layout(classes, sizes) != self._layout:
+        layout = self._lay_out(points, names, y)
+        if eager and layout != self._layout:
             graph.check(self, tape, points, names, y)
         if not points:
             return plan.Plan(key, [], [])
-        scales, streams = self._settle(classes, sizes)
-        feeds = [
-            plan.feed_of(
-                point, place, y, n, scale, stream, self._keeps_dense(classes, features, point)
-            )
-            for point, place, n, scale, stream in zip(
-                points, places, features, scales, streams, strict=True
-            )
-        ]
-        if eager:
-            plan.check_unmodified(points, names)
-        widest = max(features)
+        settled, classes, widest = self._settled(layout), layout.classes, layout.widest
+        feeds = self._feeds(points, places, settled, y, widest)
         whole = plan.whole_chains(units, dict(zip(places, feeds, strict=True)), y.device)
         chains = []
         for unit, its in whole.items():
@@ -222,12 +221,67 @@ class DFA(nn.Module):
             node = self._node(plan.Batch(*kind, its, [], False), seed, classes, widest)
             chains.append(plan.ChainNode(node.group, node.dense, unit))
         in_chains = {feed.place for its in whole.values() for feed in its}
-        left = [pair for pair in zip(points, feeds, strict=True) if pair[1].place not in in_chains]
-        nodes = []
-        if left:
-            batches = plan.batches(*map(list, zip(*left, strict=True)), eager and tape.in_turn)
-            nodes = [self._node(batch, seed, classes, widest) for batch in reversed(batches)]
-        return plan.Plan(key, nodes, chains)
+        left = [k for k, feed in enumerate(feeds) if feed.place not in in_chains]
+        points, feeds = [points[k] for k in left], [feeds[k] for k in left]
+        in_turn = eager and tape.in_turn
+        return plan.Plan(key, self._nodes(points, feeds, seed, classes, widest, in_turn), chains)
+
+    def _lay_out(self, points: list[Point], names: list[str], y: Tensor) -> Layout:
+        """The sizes of a pass; an error where the rows of a point are not those of y."""
+        sizes = tuple(
+            (name, plan.features_of(point, name, y), point.tensor.dtype, point.tensor.device)
+            for point, name in zip(points, names, strict=True)
+        )
+        return Layout(index(y.shape[-1]), sizes)
+
+    def _settled(self, layout: Layout) -> list[Settled]:
+        """Of every point, what settles its B; an error where a size is not as before."""
+        scales, streams = self._settle(*layout)
+        return [
+            Settled(name, features, scale, stream)
+            for (name, features, _, _), scale, stream in zip(
+                layout.points, scales, streams, strict=True
+            )
+        ]
+
+    def _feeds(
+        self,
+        points: list[Point],
+        places: list[int],
+        settled: list[Settled],
+        y: Tensor,
+        widest: int,
+    ) -> list[plan.Feed]:
+        """The products for points, which stand at these places among the receivers."""
+        if not torch.compiler.is_compiling():
+            plan.check_unmodified(points, [each.name for each in settled])
+        classes = index(y.shape[-1])
+        return [
+            plan.feed_of(point, place, y, *each[1:], self._keeps_dense(classes, widest, point))
+            for point, place, each in zip(points, places, settled, strict=True)
+        ]
+
+    def _nodes(
+        self,
+        points: list[Point],
+        feeds: list[plan.Feed],
+        seed: int,
+        classes: int,
+        widest: int,
+        in_turn: bool,
+    ) -> list[plan.Node]:
+        """The nodes that feed points, from the input up: the top group is the first in backward."""
+        batches = plan.batches(points, feeds, in_turn) if points else []
+        return [self._node(batch, seed, classes, widest) for batch in reversed(batches)]
+
+    def _feed(
+        self, points: list[Point], settled: list[Settled], widest: int, y: Tensor, in_turn: bool
+    ) -> Tensor:
+        """Returns y, in the backward of which the error is fed to these points of a layout."""
+        feeds = self._feeds(points, list(range(len(points))), settled, y, widest)
+        seed, classes = self._read_seed(self._key), index(y.shape[-1])
+        nodes = self._nodes(points, feeds, seed, classes, widest, in_turn)
+        return self._fed(nodes, [point.receiver for point in points], y)
 
     def _fed(self, nodes: list[plan.Node], receivers: list[Receiver], y: Tensor) -> Tensor:
         """y behind all the nodes."""
@@ -299,9 +353,9 @@ class DFA(nn.Module):
             matrices += self._dense(seed, stream, classes, features, order, dtype, batch.device)
         return matrices
 
-    def _keeps_dense(self, classes: int, features: list[int], point: Point) -> bool:
+    def _keeps_dense(self, classes: int, widest: int, point: Point) -> bool:
         dtype = accumulation_dtype(point.tensor.dtype)
-        return feedback_rules.fits_dense(self.feedback, classes, max(features), dtype)
+        return feedback_rules.fits_dense(self.feedback, classes, widest, dtype)
 
     # What is settled once, outside the traced graph: a compiled step sees constants, guarded by
     # the arguments.
@@ -371,17 +425,17 @@ class DFA(nn.Module):
 
     def place(self, layer: nn.Module) -> tuple[nn.Sequential | None, int]:
         """In which `nn.Sequential` a layer stands, and where."""
-        return self._places.get(layer, (None, 0))
+        return self._in_sequentials.get(layer, (None, 0))
 
     def _find_names(self) -> None:
         self._names: dict[nn.Module, str] = {}
-        self._places: dict[nn.Module, tuple[nn.Sequential, int]] = {}
+        self._in_sequentials: dict[nn.Module, tuple[nn.Sequential, int]] = {}
         for name, module in self.module.named_modules():
             for prefix in _WRAPPER_PREFIXES:
                 name = name.replace(prefix, "")
             self._names[module] = name
             if type(module) is nn.Sequential:
-                self._places |= {layer: (module, i) for i, layer in enumerate(module)}
+                self._in_sequentials |= {layer: (module, i) for i, layer in enumerate(module)}
 
     # The tap: a hook without a reference to this root, found by it when it runs.
 
@@ -442,7 +496,7 @@ def _tap(module: nn.Module, args: Any, output: Any) -> Any:
             f"output={tape.root.output!r}: that submodule was called twice in one forward pass, "
             "so there are two errors. Call it once on the stacked inputs"
         )
-    tape.tapped = tape.root._broadcast(tape, output)
+    tape.tapped = tape.end(output)
     return tape.tapped
 
 
@@ -473,7 +527,7 @@ def _check_module(module: nn.Module, output: str | None) -> None:
         raise ValueError(f"output must be one of {', '.join(names)}, got {output!r}")
 
 
-def _check_output(y: Any, tap: str | None) -> None:
+def check_output(y: Any, tap: str | None) -> None:
     where = "the output of the module" if tap is None else f"the output of {tap!r}"
     if not isinstance(y, Tensor):
         raise TypeError(

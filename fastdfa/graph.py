@@ -14,7 +14,7 @@ from .activations import KINDS
 from .chain import functions_behind, separate
 from .conv import Conv1d, Conv2d
 from .layers import Linear
-from .tape import Edge, LayerRecord, Point, Tape
+from .tape import Edge, Point, Tape
 
 if TYPE_CHECKING:
     from .dfa import DFA
@@ -48,7 +48,7 @@ class _Regions:
     """
 
     def __init__(self, tape: Tape, points: list[Point], y: Tensor) -> None:
-        self.edges: list[Edge] = [_edge(_feedback_enters(point)) for point in points]
+        self.edges: list[Edge] = [(point.edge.node, point.edge.output_nr) for point in points]
         self.readers = _readers(tape, points)
         self.stops = {_edge(x) for x in tape.inputs}
         self.parameters: list[Tensor] = []  # trained by the output's true gradient
@@ -137,10 +137,6 @@ def _bypass_message(earlier: str, later: str) -> str:
         "fastdfa.convert(model, blocks=...) does, or accept the path with "
         "DFA(..., allow_bypass=True)"
     )
-
-
-def _feedback_enters(point: Point) -> Tensor:
-    return point.target.output if isinstance(point.target, LayerRecord) else point.tensor
 
 
 def _edge(x: Tensor) -> Edge:

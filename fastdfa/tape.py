@@ -10,21 +10,26 @@ import threading
 from collections.abc import Callable
 from itertools import pairwise
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .activations import Gate
 
+if TYPE_CHECKING:
+    from .stream import FirstPass
+
 
 class State(threading.local):
-    """Of each thread: the tape being written, and the roots inside a `backprop()` context."""
+    """Of each thread: the tape being written, the roots inside a `backprop()` context, and the
+    first pass of a `StreamingStep` that waits for its root to be called."""
 
     def __init__(self) -> None:
         self.tape: Tape | None = None
+        self.streaming: FirstPass | None = None
         self.true_gradients: tuple[nn.Module, ...] = ()
 
 
@@ -120,6 +125,12 @@ class Point(NamedTuple):
     def shape(self) -> torch.Size:
         """Of the feedback: that of `tensor`, but for its positions."""
         return self.tensor.shape if isinstance(self.target, LayerRecord) else self.target.shape
+
+    @property
+    def edge(self) -> GradientEdge:
+        """Where the feedback enters the graph of what is before the point."""
+        fused = isinstance(self.target, LayerRecord)
+        return get_gradient_edge(self.target.output if fused else self.tensor)
 
     @property
     def modified(self) -> bool:
@@ -255,13 +266,14 @@ class Tape:
     a Python list would be guarded by its length, and recompile each of them.
     """
 
+    looks_ahead = True  # whether layers may be computed ahead of their calls
+
     def __init__(self, root: nn.Module, inputs: list[Tensor], tap: nn.Module | None) -> None:
         self.root = root
         self.inputs = inputs  # tensors given to the root that require grad: never points
         self.points: Point | Chain | None = None
         self.newest: LayerRecord | Chain | None = None  # the layers, of which one may be read next
         self.chain: Chain | None = None  # the newest
-        self.looks_ahead = True  # whether layers may be computed ahead of their calls
         self.readers: list[tuple[Tensor, Edge]] = []  # a cut tensor, and what a layer made of it
         self.skipped: nn.Module | None = None  # a layer that was called with gradients disabled
         self.in_turn = True  # whether points may be fed one by one; not where hooks replace that
@@ -274,17 +286,40 @@ class Tape:
             if x is given:
                 return x
         if self.points is None or self.points.tensor is not x:
-            newest = self.newest
-            fused = newest is not None and newest.output is x and rows is None
-            if features is not None:
-                target = SpreadToken.apply(x, rows, features)
-            elif isinstance(newest, Chain) and fused:
-                newest.readers.append(layer)
-                return x.detach()
+            if self.newest_is(x, rows, features) and isinstance(self.newest, Chain):
+                self.newest.readers.append(layer)
             else:
-                target = newest if fused else Token.apply(x)
-            self.points = Point(layer, x, target, rows, self.points)
+                self.points = self.point(layer, x, rows, features)
         return x.detach()
+
+    def newest_is(self, x: Tensor, rows: int | None, features: int | None) -> bool:
+        """Whether x is the output of the newest layer, which may take its feedback fused."""
+        if self.newest is None or rows is not None or features is not None:
+            return False
+        return self.newest.output is x
+
+    def point(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Point:
+        """A new point, of x."""
+        if features is not None:
+            target = SpreadToken.apply(x, rows, features)
+        elif self.newest_is(x, rows, features):
+            target = self.newest
+        else:
+            target = Token.apply(x)
+        return Point(layer, x, target, rows, self.points)
+
+    def passed(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> None:
+        """Notes that `layer` read x, which is no point, as no gradient is wanted for it."""
+        if not torch.is_grad_enabled():
+            self.skipped = layer
+
+    def read(self, x: Tensor, edge: Edge) -> None:
+        """Notes that `edge` was computed from x behind its cut, for the search for bypasses."""
+        self.readers.append((x, edge))
+
+    def end(self, y: Any) -> Any:
+        """The pass has come to the output y, at which the error is taken; y goes on as returned."""
+        return self.root._broadcast(self, y)
 
     def reads(self) -> list[tuple[Tensor, Edge]]:
         """Cut tensors, and what a layer made of each."""
@@ -312,10 +347,10 @@ def cut(
     tape = state.tape
     if tape is None or tape.tapped is not None:
         return x
-    if not torch.is_grad_enabled():
-        tape.skipped = layer
-        return x
-    return tape.cut(layer, x, rows, features) if x.requires_grad else x
+    if torch.is_grad_enabled() and x.requires_grad:
+        return tape.cut(layer, x, rows, features)
+    tape.passed(layer, x, rows, features)
+    return x
 
 
 def note_reader(x: Tensor, output: Tensor) -> None:
@@ -323,4 +358,4 @@ def note_reader(x: Tensor, output: Tensor) -> None:
     tape = state.tape
     if tape is None or torch.compiler.is_compiling() or output.grad_fn is None:
         return
-    tape.readers.append((x, (output.grad_fn, output.output_nr)))
+    tape.read(x, (output.grad_fn, output.output_nr))

@@ -143,7 +143,7 @@ void gemm(const GemmParams& p, const GemmPlan& plan, int64_t begin, int64_t end,
       const GemmTask task = find_gemm_task(p, plan, index);
       const GemmProblem& g = p.problems[task.problem];
       T* const panel_b = static_cast<T*>(scratch);
-      T* const panel_a = panel_b + gemm_depth * gemm_most_columns;
+      T* const panel_a = panel_b + plan.panel_b;
       GemmBlock<T> block{g,
                          task.row,
                          task.column,
@@ -151,7 +151,7 @@ void gemm(const GemmParams& p, const GemmPlan& plan, int64_t begin, int64_t end,
                          min(plan.block_columns, g.columns - task.column),
                          panel_b,
                          panel_a,
-                         panel_a + gemm_depth * gemm_packed_rows};
+                         panel_a + plan.panel_a};
       dispatch_activation(g.kind, [&](auto kind) {
         if constexpr (derivative_from_output(kind.value)) block.template run<kind.value>();
       });

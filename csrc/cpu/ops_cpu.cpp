@@ -23,6 +23,25 @@ template <class F> void for_tasks(int64_t tasks, int64_t elements, const F& f) {
   torch::stable::parallel_for(0, tasks, max(1, grain_elements / each), f);
 }
 
+// Scratch for every thread of a parallel_for.
+class Scratch {
+ public:
+  Scratch(const OpCall& call, ScalarType type, int64_t elements)
+      : memory(
+            call.empty({static_cast<int64_t>(torch::stable::get_num_threads()), elements}, type)),
+        bytes(elements * static_cast<int64_t>(memory.element_size())) {}
+
+  void* of_this_thread() const {
+    uint32_t thread = 0;
+    TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+    return static_cast<char*>(memory.data_ptr()) + thread * bytes;
+  }
+
+ private:
+  Tensor memory;
+  int64_t bytes;
+};
+
 void finish(const BiasSums& bias) {
   if (!bias.second_stage) return;
   for_tasks(static_cast<int64_t>(bias.sums.size()), bias.partials.numel(),
@@ -58,17 +77,11 @@ std::vector<Tensor> project_gate(Tensor error, std::vector<Tensor> feedback, int
   const ProjectGateParams& p = work.p;
   const ProjectGatePlan plan = plan_project_gate(p);
   work.allocate(call, plan.chunks);
-  const int64_t scratch_elements = project_gate_scratch(plan);
-  const Tensor scratch =
-      call.empty({static_cast<int64_t>(torch::stable::get_num_threads()), scratch_elements}, wide);
-  char* const scratch_data = static_cast<char*>(scratch.data_ptr());
-  const int64_t scratch_bytes = scratch_elements * static_cast<int64_t>(scratch.element_size());
+  const Scratch scratch(call, wide, project_gate_scratch(plan));
   const int64_t effort =
       work.elements() + p.rows * p.classes * plan.strips * plan.block_columns / 16;
   for_tasks(plan.strips * plan.chunks, effort, [&](int64_t begin, int64_t end) {
-    uint32_t thread = 0;
-    TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
-    kernels().project_gate(p, plan, begin, end, scratch_data + thread * scratch_bytes);
+    kernels().project_gate(p, plan, begin, end, scratch.of_this_thread());
   });
   finish(*work.bias);
   return work.results;
@@ -95,80 +108,73 @@ void activate_(Tensor x, std::optional<Tensor> bias, int64_t kind, double param)
 // Multiplications that are worth a thread of their own: some 5 us.
 constexpr int64_t grain_multiplications = 1 << 18;
 
-// Runs matrix products; keeps the scratch of all threads.
-class Gemm {
- public:
-  Gemm(const OpCall& call, ScalarType type)
-      : threads(static_cast<int64_t>(torch::stable::get_num_threads())),
-        scratch(call.empty({threads, gemm_scratch}, type)),
-        dtype(call.dtype_of("scratch", scratch)) {}
+int64_t multiplications_of(const GemmProblem& g) { return g.rows * g.columns * g.depth; }
 
-  // Independent products: tasks of all of them in one list.
-  void run(const std::vector<GemmProblem>& problems) const {
-    const GemmParams p{problems.data(), static_cast<int64_t>(problems.size()), dtype};
-    int64_t multiplications = 0;
-    for (const GemmProblem& g : problems) multiplications += multiplications_of(g);
-    const GemmPlan plan =
-        plan_gemm(p, max(1, min(threads, multiplications / grain_multiplications)));
-    if (plan.tasks == 0) return;
-    const int64_t grain = max(1, grain_multiplications * plan.tasks / max(multiplications, 1));
-    torch::stable::parallel_for(0, plan.tasks, grain, [&](int64_t begin, int64_t end) {
-      kernels().gemm(p, plan, begin, end, scratch_of_this_thread());
-    });
+// Independent products: tasks of all of them in one list.
+void multiply(const OpCall& call, ScalarType type, const std::vector<GemmProblem>& problems) {
+  const GemmParams p{problems.data(), static_cast<int64_t>(problems.size()),
+                     type == ScalarType::Double ? DType::float64 : DType::float32};
+  int64_t multiplications = 0;
+  for (const GemmProblem& g : problems) multiplications += multiplications_of(g);
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const GemmPlan plan = plan_gemm(p, max(1, min(threads, multiplications / grain_multiplications)));
+  if (plan.tasks == 0) return;
+  const Scratch scratch(call, type, gemm_scratch(plan));
+  const int64_t grain = max(1, grain_multiplications * plan.tasks / max(multiplications, 1));
+  torch::stable::parallel_for(0, plan.tasks, grain, [&](int64_t begin, int64_t end) {
+    kernels().gemm(p, plan, begin, end, scratch.of_this_thread());
+  });
+}
+
+// With so many rows a thread that packs all weights of a chain spends a fifth of its time on that.
+constexpr int64_t fewest_chain_rows = 24;
+// Of a product that takes a thread about 40 us.
+constexpr int64_t small_multiplications = 1 << 21;
+
+// Rows `first` to `first + count` of a product.
+GemmProblem rows_of(GemmProblem g, int64_t first, int64_t count, int64_t element_size) {
+  g.a = static_cast<const char*>(g.a) + first * g.a_row * element_size;
+  g.c = static_cast<char*>(g.c) + first * g.c_row * element_size;
+  g.rows = count;
+  return g;
+}
+
+// Products each of which reads the result of the one before. Where each is small, a thread makes
+// its rows of all of them: one wait for the others instead of one a product, some 10 us.
+void multiply_chain(const OpCall& call, ScalarType type, const std::vector<GemmProblem>& problems) {
+  int64_t most = 0;
+  for (const GemmProblem& g : problems) most = max(most, multiplications_of(g));
+  const int64_t rows = problems.empty() ? 0 : problems[0].rows;
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t parts = min(threads, rows / fewest_chain_rows);
+  if (parts <= 1 || most > small_multiplications * parts) {
+    for (const GemmProblem& g : problems) multiply(call, type, {g});
+    return;
   }
-
-  // Products each of which reads the result of the one before. Where each is small, a thread makes
-  // its rows of all of them: one wait for the others instead of one a product, some 10 us.
-  void run_chain(const std::vector<GemmProblem>& problems) const {
-    int64_t most = 0;
-    for (const GemmProblem& g : problems) most = max(most, multiplications_of(g));
-    const int64_t rows = problems.empty() ? 0 : problems[0].rows;
-    const int64_t parts = min(threads, rows / fewest_rows);
-    if (parts <= 1 || most > small_multiplications * parts) {
-      for (const GemmProblem& g : problems) run({g});
-      return;
+  const bool wide = type == ScalarType::Double;
+  const auto plan_of = [&](const GemmProblem& g) {
+    const GemmParams p{&g, 1, wide ? DType::float64 : DType::float32};
+    return std::pair(p, plan_gemm(p, 1));
+  };
+  int64_t elements = 0;
+  for (const GemmProblem& g : problems) elements = max(elements, gemm_scratch(plan_of(g).second));
+  const Scratch scratch(call, type, elements);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = rows * begin / parts, count = rows * end / parts - first;
+    for (const GemmProblem& whole : problems) {
+      const GemmProblem g = rows_of(whole, first, count, wide ? 8 : 4);
+      const auto [p, plan] = plan_of(g);
+      kernels().gemm(p, plan, 0, plan.tasks, scratch.of_this_thread());
     }
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      const int64_t first = rows * begin / parts, count = rows * end / parts - first;
-      for (const GemmProblem& g : problems) run_rows(g, first, count);
-    });
-  }
-
- private:
-  // Each thread packs all weights of a chain: with so many rows that takes a fifth of its time.
-  static constexpr int64_t fewest_rows = 24;
-  // Of a product that takes a thread about 40 us.
-  static constexpr int64_t small_multiplications = 1 << 21;
-
-  static int64_t multiplications_of(const GemmProblem& g) { return g.rows * g.columns * g.depth; }
-
-  void run_rows(GemmProblem g, int64_t first, int64_t count) const {
-    const int64_t bytes = static_cast<int64_t>(scratch.element_size());
-    g.a = static_cast<const char*>(g.a) + first * g.a_row * bytes;
-    g.c = static_cast<char*>(g.c) + first * g.c_row * bytes;
-    g.rows = count;
-    const GemmParams p{&g, 1, dtype};
-    const GemmPlan plan = plan_gemm(p, 1);
-    kernels().gemm(p, plan, 0, plan.tasks, scratch_of_this_thread());
-  }
-
-  void* scratch_of_this_thread() const {
-    uint32_t thread = 0;
-    TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
-    return static_cast<char*>(scratch.data_ptr()) + thread * gemm_scratch * scratch.element_size();
-  }
-
-  int64_t threads;
-  Tensor scratch;
-  DType dtype;
-};
+  });
+}
 
 std::vector<Tensor> linear_chain(Tensor x, std::vector<Tensor> weights,
                                  std::vector<std::optional<Tensor>> biases,
                                  std::vector<int64_t> kinds, std::vector<double> params) {
   const OpCall call = call_of("linear_chain");
   LinearChainWork work(call, x, weights, biases, kinds, params);
-  Gemm(call, x.scalar_type()).run_chain(work.problems);
+  multiply_chain(call, x.scalar_type(), work.problems);
   return work.results;
 }
 
@@ -176,7 +182,7 @@ std::vector<Tensor> weight_gradients(std::vector<Tensor> deltas, std::vector<Ten
   const OpCall call = call_of("weight_gradients");
   if (deltas.empty() && inputs.empty()) return {};
   WeightGradientsWork work(call, std::move(deltas), std::move(inputs));
-  Gemm(call, work.results[0].scalar_type()).run(work.problems);
+  multiply(call, work.results[0].scalar_type(), work.problems);
   return work.results;
 }
 

@@ -73,7 +73,7 @@ static void run(const CpuKernels& kernels, const char* capability, const std::ve
     const GemmPlan plan = plan_gemm(p, threads);
     CHECK(plan.block_columns <= gemm_most_columns, "a block of %d columns",
           int(plan.block_columns));
-    Guarded<T> scratch(gemm_scratch);
+    Guarded<T> scratch(gemm_scratch(plan));
     // From the last task to the first, one by one: no task may need another.
     for (int64_t task = plan.tasks; task-- > 0;)
       kernels.gemm(p, plan, task, task + 1, scratch.data());

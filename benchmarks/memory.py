@@ -1,0 +1,236 @@
+"""Peak memory and time of a training step over depth: streaming beside backprop and checkpointing.
+
+A step is forward, loss, backward and the optimizer, SGD with momentum, whose state is not counted:
+it is there before. Checkpointing saves one activation for each of sqrt(depth) segments (arXiv
+1604.06174), once with an ordinary optimizer, once with one that updates each parameter in backward,
+so that the gradients do not exist all at once there either. On the CPU fastdfa multiplies by
+`torch.mm` here, as backprop does, so that no ratio is that of two libraries.
+
+    python benchmarks/memory.py [--quick] [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from common import (
+    Step,
+    add_arguments,
+    check_device,
+    console,
+    interleaved,
+    keep_freed_memory,
+    peak_memory,
+    ratios,
+    result_name,
+    save,
+    spread,
+)
+from rich.table import Table
+from step import by_torch_mm
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.utils.checkpoint import checkpoint_sequential
+
+import fastdfa
+
+CLASSES = 10
+SETTINGS = {"lr": 1e-3, "momentum": 0.9}
+SIDES = {
+    "backprop": "#333333",
+    "checkpointed": "#9aa5b1",
+    "checkpointed, updates in backward": "#e0b050",
+    "fastdfa": "#63b0c9",
+    "streaming": "#1f6f8b",
+}
+
+
+class Case(NamedTuple):
+    """A perceptron of `depth` hidden layers, tanh, all as wide as the input; and a batch."""
+
+    depth: int
+    width: int
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.depth}x{self.width} / {self.batch}"
+
+
+SWEEP = [Case(depth, 512, 512) for depth in (8, 16, 32, 64, 128)]
+# Where a step is bound by what Python and autograd do for each layer.
+NARROW = [Case(32, 512, 256), Case(32, 256, 256), Case(32, 128, 64)]
+QUICK = [Case(depth, 512, 256) for depth in (8, 32)]
+
+
+class OrdinaryStep:
+    """Fresh gradients, forward, loss, backward, and the optimizer where there is one."""
+
+    def __init__(
+        self, model: nn.Module, forward: Callable[[Tensor], Tensor], optimizer: Optimizer | None
+    ) -> None:
+        self.model, self.forward, self.optimizer = model, forward, optimizer
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        self.clear()
+        F.cross_entropy(self.forward(x), y).backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+    def clear(self) -> None:
+        self.model.zero_grad()
+
+
+class OnBatch:
+    """A step on one batch, for the timer; `clear` frees what the last call has left."""
+
+    def __init__(self, step: Callable[[Tensor, Tensor], Any], x: Tensor, y: Tensor) -> None:
+        self.step, self.x, self.y = step, x, y
+        self.clear = getattr(step, "clear", lambda: None)
+
+    def __call__(self) -> None:
+        self.step(self.x, self.y)
+
+
+def plain_network(case: Case) -> nn.Sequential:
+    width = case.width
+    hidden = [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(case.depth)]
+    return nn.Sequential(*hidden, nn.Linear(width, CLASSES))
+
+
+def fused_network(case: Case) -> fastdfa.DFA:
+    width = case.width
+    hidden = [fastdfa.Linear(width, width, activation="tanh") for _ in range(case.depth)]
+    return fastdfa.DFA(nn.Sequential(*hidden, fastdfa.Linear(width, CLASSES)))
+
+
+def update_in_backward(model: nn.Module) -> None:
+    """An optimizer for each parameter, run as soon as its gradient is there: torch's recipe."""
+    for parameter in model.parameters():
+        optimizer = SGD([parameter], **SETTINGS)
+
+        def update(parameter: Tensor, optimizer: Optimizer = optimizer) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(update)
+
+
+def steps_of(case: Case, device: str) -> dict[str, Step]:
+    """Every way to make a step of this size, by name."""
+    torch.manual_seed(0)
+    x = torch.randn(case.batch, case.width).to(device)
+    y = torch.randint(CLASSES, (case.batch,)).to(device)
+    plain, checkpointed, in_backward = (plain_network(case).to(device) for _ in range(3))
+    ordinary, streamed = (fused_network(case).to(device) for _ in range(2))
+    update_in_backward(in_backward)
+    streaming = fastdfa.StreamingStep(streamed, SGD(streamed.parameters(), **SETTINGS))
+
+    def by_segments(model: nn.Sequential) -> Callable[[Tensor], Tensor]:
+        segments = round(case.depth**0.5)
+        return lambda x: checkpoint_sequential(model, segments, x, use_reentrant=False)
+
+    def with_optimizer(model: nn.Module, forward: Callable[[Tensor], Tensor]) -> OrdinaryStep:
+        return OrdinaryStep(model, forward, SGD(model.parameters(), **SETTINGS))
+
+    steps = {
+        "backprop": with_optimizer(plain, plain),
+        "checkpointed": with_optimizer(checkpointed, by_segments(checkpointed)),
+        "checkpointed, updates in backward": OrdinaryStep(
+            in_backward, by_segments(in_backward), None
+        ),
+        "fastdfa": with_optimizer(ordinary, ordinary),
+        "streaming": lambda x, y: streaming(lambda: F.cross_entropy(streamed(x), y)),
+    }
+    made: dict[str, Step] = {name: OnBatch(step, x, y) for name, step in steps.items()}
+    if device == "cpu":
+        made |= {name: by_torch_mm(made[name]) for name in ("fastdfa", "streaming")}
+    return made
+
+
+def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
+    """One row: milliseconds, time relative to backprop, peak memory."""
+    console.print(f"measuring {case.name} ...", style="dim")
+    steps = steps_of(case, device)
+    times = interleaved(steps, rounds, 0.1, device)
+    peaks = {name: peak_memory(steps[name], device) / 2**20 for name in SIDES}
+    return {
+        "case": case.name,
+        **case._asdict(),
+        "milliseconds": {n: spread([1e3 * t for t in v])._asdict() for n, v in times.items()},
+        "to_backprop": {n: v._asdict() for n, v in ratios(times, "backprop").items()},
+        "peak_mib": {name: round(peak, 2) for name, peak in peaks.items()},
+        "parameters_mib": round(4 * case.depth * case.width * (case.width + 1) / 2**20, 2),
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A line for each side of each case."""
+    table = Table(title="A training step with its optimizer")
+    for name in ("depth x width / batch", ""):
+        table.add_column(name)
+    for name in ("peak MiB", "ms", "backprop = 1"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        for name, ratio in row["to_backprop"].items():
+            peak = f"{row['peak_mib'][name]:.1f}" if name in row["peak_mib"] else ""
+            milliseconds = f"{row['milliseconds'][name]['median']:.1f}"
+            case = row["case"] if name == "backprop" else ""
+            table.add_row(case, name, peak, milliseconds, f"{ratio['median']:.2f}")
+    console.print(table)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Peak memory and time over depth, of the networks that differ in nothing else."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    depths = [row["depth"] for row in rows]
+    for name, colour in SIDES.items():
+        peaks = [row["peak_mib"][name] for row in rows]
+        times = [row["to_backprop"][name]["median"] for row in rows]
+        left.plot(depths, peaks, "o-", label=name, color=colour)
+        right.plot(depths, times, "o-", label=name, color=colour)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(depths, [str(depth) for depth in depths])
+        axes.set_xlabel(f"hidden layers of {rows[0]['width']}, batch {rows[0]['batch']}")
+    left.set_yscale("log", base=2)
+    left.yaxis.set_major_formatter("{x:g}")
+    left.set_ylabel("peak MiB of a step, with its gradients")
+    right.set_ylim(0, None)
+    right.set_ylabel("time of a step, backprop = 1")
+    left.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two depths, half a minute")
+    parser.add_argument("--no-picture", action="store_true", help="write the numbers alone")
+    add_arguments(parser, rounds=3)
+    options = parser.parse_args()
+    check_device(options.device)
+    keep_freed_memory()
+    sweep, narrow = (QUICK, []) if options.quick else (SWEEP, NARROW)
+    rows = [measure(case, options.rounds, options.device) for case in [*sweep, *narrow]]
+    show(rows)
+    name = result_name("memory", options.device, options.quick)
+    path = save(name, rows[: len(sweep)], options.out, options.device, narrow=rows[len(sweep) :])
+    if not options.no_picture:
+        draw(rows[: len(sweep)], path.with_suffix(".png"))
+    console.print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

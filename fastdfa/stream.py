@@ -1,0 +1,638 @@
+"""Streaming: a training step that keeps the activation and the gradient of one layer at a time.
+
+DFA makes no layer's gradient from another's: once the error is known, a layer can be updated as
+soon as it has run. So there are two forward passes. The first saves nothing and gives the error;
+the second feeds every point as it cuts, updates what is before it, and goes on (MEM-DFA, arXiv
+2012.11745). That is a forward pass more than an ordinary step takes: backprop's arithmetic.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import get_device_states, set_device_states
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import graph, plan
+from .dfa import DFA, Layout, check_output
+from .tape import Edge, LayerRecord, Point, Tape, state
+
+
+class StreamingStep:
+    """A training step whose memory does not grow with depth; its update is the ordinary step's.
+
+        step = fastdfa.StreamingStep(model, optimizer)
+        for x, y in batches:
+            loss = step(lambda: nn.functional.cross_entropy(model(x), y))
+            scheduler.step()
+
+    It stands for forward, `loss.backward()`, `optimizer.step()` and `zero_grad()`. The network runs
+    twice: for the error, without saving anything; then again, where each layer is fed as soon as
+    it has run, is updated, and lets go of its activation and gradient (MEM-DFA, arXiv 2012.11745).
+    The second pass has the random numbers and buffers of the first: the same dropout, and batch
+    norm's statistics are updated once. Whatever else the model's forward and its hooks do, they do
+    twice. The first step also records the graph, without activations, to know when a gradient is
+    complete; a later one that calls other layers than the one before takes a third pass for that.
+
+    The optimizer remains an ordinary one, with its groups, `state_dict` and schedulers; its `step`
+    is called for some parameters at a time. So what needs all gradients at once cannot be had:
+    LBFGS, clipping by the global norm, `GradScaler` (bfloat16 needs none), accumulation of
+    gradients. A parameter that several blocks use is updated after the last of them, and what
+    follows the output named by `DFA(output=)` at the end of the step.
+
+    Args:
+        model: a `DFA`, or a module that holds one.
+        optimizer: of parameters of the model and, where the loss has some, of others.
+
+    Raises:
+        TypeError, ValueError: for a model that does not hold one `DFA`, and for an optimizer of
+            none of its parameters, whose `step` demands a closure, or that has step hooks.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.root = _root(model)
+        _check_optimizer(optimizer, self.root)
+        self.optimizer = optimizer
+        self._schedule: _Schedule | None = None
+
+    def __call__(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Makes a step. Returns the loss, detached.
+
+        Args:
+            closure: calls the model once and returns the loss, a scalar. It is called once.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: before anything is updated, for all that an
+                ordinary step refuses, and for gradients that are there already, inputs that require
+                grad or are modified in place, a loss that reaches into the model, a model called
+                never or twice, inside `backprop`, `no_grad` or `DistributedDataParallel`. In the
+                middle of the step, where the second pass reads other points than the first, or
+                where the optimizer or a layer's backward fails: some layers are updated then.
+        """
+        parameters = self._parameters()
+        self._check(parameters)
+        updates = _Updates(self.optimizer)
+        try:
+            loss, error, first = self._first_pass(closure)
+            # A signal known beforehand, such as the target, would need the second pass alone.
+            if error is not None:
+                self._second_pass(first, error, updates)
+            updates.finish()
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
+        return loss
+
+    def _first_pass(self, closure: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None, FirstPass]:
+        """The loss, the error at the output (None where the loss does not read it), and the pass.
+
+        What follows that output, and what else the loss reads, have their gradients then.
+        """
+        first = FirstPass(self.root, survey=self._schedule is None)
+        state.streaming = first
+        try:
+            loss = closure()
+        finally:
+            state.streaming = None
+        _check_loss(loss, first)
+        with first.call.without_autocast():
+            loss.backward()
+        error, first.output = first.output.grad, None  # the logits may be large
+        return loss.detach(), error, first
+
+    def _second_pass(self, first: FirstPass, error: Tensor, updates: _Updates) -> None:
+        """Updates every parameter that learns from the error, [*rows, C]."""
+        call = first.call
+        if first.survey:
+            self._schedule = first.schedule
+        elif not self._schedule.fits(first):
+            survey = FirstPass(self.root, survey=True, call=call)
+            call.run_again(survey)
+            self._schedule = survey.schedule
+        points = [first.readings[index] for index in self._schedule.points]
+        layout = self.root._lay_out(points, self.root._name(points), error)
+        call.run_again(_SecondPass(call, self._schedule, layout, points, error, updates))
+
+    def _parameters(self) -> list[Tensor]:
+        """Those of the model and of the optimizer."""
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        return list(dict.fromkeys([*self.root.parameters(), *(p for g in groups for p in g)]))
+
+    def _check(self, parameters: list[Tensor]) -> None:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("a StreamingStep was called with gradients disabled")
+        if state.tape is not None or state.streaming is not None:
+            raise RuntimeError("a StreamingStep was called inside a DFA or inside another step")
+        if any(self.root is root for root in state.true_gradients):
+            raise RuntimeError(
+                "a StreamingStep was called inside fastdfa.backprop(model): true gradients need "
+                "all activations at once, so make an ordinary step there"
+            )
+        _check_hooks(self.optimizer)
+        if any(parameter.grad is not None for parameter in parameters):
+            raise ValueError(
+                "a parameter has a gradient, expected none, as a StreamingStep accumulates no "
+                "gradients: call optimizer.zero_grad() first"
+            )
+
+
+class _Call:
+    """The arguments of a root and all else that its forward pass depends on, to run it again."""
+
+    def __init__(self, root: DFA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.root, self.args, self.kwargs = root, args, kwargs
+        self.inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        _check_call(root, self.inputs)
+        self.versions = _versions(self.inputs)
+        parameters = list(root.module.parameters())
+        self.trained = tuple(parameter.requires_grad for parameter in parameters)
+        self.places = {x.device: x for x in [*parameters, *self.inputs]}  # one for each device
+        kinds = {device.type for device in self.places}
+        self.kinds = [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
+        self.autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in self.kinds
+        ]
+        self.random = _random_state(self.places)
+        self.buffers = _copied(_buffers(root))
+
+    def run(self, tape: FirstPass | _SecondPass) -> Any:
+        """A pass that writes on this tape; returns the module's output."""
+        with ExitStack() as stack:
+            for settings in self.autocast:
+                # No cache: a cast weight that two blocks share would be a way round the cut.
+                stack.enter_context(torch.autocast(*settings, cache_enabled=False))
+            stack.enter_context(tape.mode())
+            return self.root._run(tape, self.args, self.kwargs)
+
+    def run_again(self, tape: FirstPass | _SecondPass) -> None:
+        """A pass with random states and buffers as before the first, that leaves those after it.
+
+        It works on copies of the buffers, so what the first has made of them stays.
+        """
+        if self.versions != _versions(self.inputs):
+            raise RuntimeError(
+                "an input of the DFA was modified in place by the model or the closure, and a "
+                "StreamingStep needs it as it was for its second pass"
+            )
+        random, buffers = _random_state(self.places), _buffers(self.root)
+        _set_random_state(self.random)
+        _put(_copied(self.buffers))
+        try:
+            self.run(tape)
+        except _End:
+            pass
+        finally:
+            _set_random_state(random)
+            _put(buffers)
+
+    def without_autocast(self) -> ExitStack:
+        """For backward passes: torch recommends to run them outside of autocast."""
+        stack = ExitStack()
+        for kind in self.kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
+
+
+def _eagerly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that breaks the graph where it is compiled, at no cost where it is not."""
+    disabled = torch.compiler.disable(method)
+
+    @wraps(method)
+    def call(*args: Any) -> Any:
+        return disabled(*args) if torch.compiler.is_compiling() else method(*args)
+
+    return call
+
+
+class _End(BaseException):
+    """Ends a second pass at the tap: what follows has learnt from the first pass."""
+
+
+class _Reading(NamedTuple):
+    """A layer's reading of its input: what tells a point and its sizes, but holds no memory."""
+
+    layer: nn.Module
+    tensor: Tensor  # an expanded scalar, for dtype and device
+    rows: int | None
+    shape: torch.Size  # of the feedback
+    edge: GradientEdge | None  # where the feedback enters the graph, of a point
+
+
+class FirstPass(Tape):
+    """The pass that gives the error. It saves nothing, and notes which layers read what.
+
+    A survey has gradients enabled, so that there is a graph, but drops what autograd would save.
+    """
+
+    looks_ahead = False  # that would keep activations
+
+    def __init__(self, root: DFA, survey: bool, call: _Call | None = None) -> None:
+        super().__init__(root, [], root._install_tap())
+        self.survey = survey
+        self.call = call
+        self.readings: list[_Reading] = []
+        self.output: Tensor | None = None  # a leaf: its gradient is the error
+        self.schedule: _Schedule | None = None
+        self._cut = WeakTensorKeyDictionary()  # the first reading of every point
+        self._ended: list[bool] = []
+
+    @torch.compiler.disable
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """In place of the root's own forward."""
+        if self.call is not None:
+            raise RuntimeError(
+                "the closure of a StreamingStep called the DFA twice, and so has two errors: call "
+                "it once, on the concatenated inputs"
+            )
+        self.call = _Call(self.root, args, kwargs)
+        return self.call.run(self)
+
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        ended = self._ended  # the hooks must not hold self, as they are held by its graph
+        with torch.set_grad_enabled(self.survey):
+            if not self.survey:
+                yield
+                return
+            with saved_tensors_hooks(lambda x: x.detach() if ended else None, _unpack):
+                yield
+
+    @_eagerly
+    def passed(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> None:
+        super().passed(layer, x, rows, features)
+        self._read(layer, x, rows, features, None)
+
+    @_eagerly
+    def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
+        edge = None if x in self._cut else get_gradient_edge(x)
+        reading = self._read(layer, x, rows, features, edge)
+        self._cut.setdefault(x, reading)
+        return x.detach()
+
+    def _read(
+        self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None, edge: Any
+    ) -> _Reading:
+        shape = x.shape if features is None else torch.Size([*x.shape[:rows], x.shape[features]])
+        blank = x.detach().new_empty(()).expand(x.shape)
+        self.readings.append(_Reading(layer, blank, rows, shape, edge))
+        return self.readings[-1]
+
+    def read(self, x: Tensor, edge: Edge) -> None:
+        if x in self._cut:
+            self.readers.append((self._cut[x].tensor, edge))
+
+    def end(self, y: Any) -> Tensor:
+        check_output(y, self.root.output)
+        if self.survey:
+            self.schedule = _Schedule.of(self, y)
+            self._cut, self.readers = WeakTensorKeyDictionary(), []  # these hold the graph
+            self.readings = [reading._replace(edge=None) for reading in self.readings]
+        self._ended.append(True)
+        self.output = y.detach().requires_grad_()
+        torch.set_grad_enabled(True)  # for what follows a tap
+        return self.output
+
+
+class _Schedule(NamedTuple):
+    """When the backward passes are due. The sources of gradients are the points, then the output.
+
+    Sources whose graphs meet, which is where feedback goes round a cut, go together.
+    """
+
+    layers: tuple[nn.Module, ...]  # in the order of their readings
+    trained: tuple[bool, ...]  # which parameters require grad
+    points: tuple[int, ...]  # which readings are the points
+    due: list[list[int]]  # the sources that send when this one is reached
+    complete: list[list[Tensor]]  # the parameters that have their whole gradient then
+
+    @classmethod
+    def of(cls, survey: FirstPass, y: Tensor) -> _Schedule:
+        """From the graph of a survey that came to y; an error for what no step accepts."""
+        root, readings = survey.root, survey.readings
+        points = [index for index, reading in enumerate(readings) if reading.edge is not None]
+        cut = [readings[index] for index in points]
+        names = root._name(cut)
+        root._lay_out(cut, names, y)
+        graph.check(root, survey, cut, names, y)
+        turn, uses = _walk([reading.edge.node for reading in cut] + [y.grad_fn])
+        due: list[list[int]] = [[] for _ in turn]
+        complete: list[list[Tensor]] = [[] for _ in turn]
+        for source, when in enumerate(turn):
+            due[when].append(source)
+        for parameter, sources in uses.items():
+            complete[max(turn[source] for source in sources)].append(parameter)
+        layers = tuple(reading.layer for reading in readings)
+        return cls(layers, survey.call.trained, tuple(points), due, complete)
+
+    def fits(self, first: FirstPass) -> bool:
+        """Whether a pass called the same layers in the same order, with the same trained."""
+        layers = tuple(reading.layer for reading in first.readings)
+        return layers == self.layers and first.call.trained == self.trained
+
+
+def _walk(starts: Iterable[Node | None]) -> tuple[list[int], dict[Tensor, set[int]]]:
+    """Of every source the last of those whose graphs meet, of every leaf the sources it serves."""
+    turn: list[int] = []
+    uses: dict[Tensor, set[int]] = {}
+    owner: dict[Node, int] = {}
+    for source, start in enumerate(starts):
+        turn.append(source)
+        waiting = [start]
+        while waiting:
+            node = waiting.pop()
+            if node is None:
+                continue
+            leaf = getattr(node, "variable", None)
+            if leaf is not None:
+                uses.setdefault(leaf, set()).add(source)
+            elif node not in owner:
+                owner[node] = source
+                waiting += [before for before, _ in node.next_functions]
+            elif turn[owner[node]] != source:
+                met = turn[owner[node]]
+                turn = [source if when == met else when for when in turn]
+    return turn, uses
+
+
+class _SecondPass(Tape):
+    """The pass that updates: feeds each point in its turn, and lets go of what is before it."""
+
+    looks_ahead = False  # that would keep activations
+
+    def __init__(
+        self,
+        call: _Call,
+        schedule: _Schedule,
+        layout: Layout,
+        expected: list[_Reading],
+        error: Tensor,
+        updates: _Updates,
+    ) -> None:
+        super().__init__(call.root, [], call.root._install_tap())
+        self.call, self.schedule, self.updates, self.error = call, schedule, updates, error
+        self.expected = expected  # the points of the first pass
+        self.places = self.root._settled(layout)
+        self.widest = layout.widest if expected else 0
+        self.reached = 0
+        self.waiting: dict[int, Point] = {}  # points that have been reached and not fed
+        self.due: list[int] = []  # sources whose turn has come
+        self.complete: list[Tensor] = []  # parameters to update when these have sent
+        self.held = 0.0  # bytes that these points hold
+        self._cut = WeakTensorKeyDictionary()  # what was a point already
+
+    def mode(self) -> torch.enable_grad:
+        return torch.enable_grad()
+
+    def passed(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> None:
+        pass
+
+    def read(self, x: Tensor, edge: Edge) -> None:
+        pass
+
+    @_eagerly
+    def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
+        if x not in self._cut:
+            self._cut[x] = True
+            self.waiting[self.reached] = self.point(layer, x, rows, features)
+            self.newest = None  # it would keep the layers before
+            self._reach((layer, self.waiting[self.reached].shape))
+            if self.held >= plan.workspace(x.device):
+                self._send(self.error.new_empty(()).expand(self.error.shape))
+        return x.detach()
+
+    def end(self, y: Tensor) -> Tensor:
+        self._reach(None)
+        self._send(y)
+        if self.tap is not None:
+            raise _End
+        return y
+
+    def _reach(self, got: tuple[nn.Module, torch.Size] | None) -> None:
+        """Comes to the next source: a point or, for None, the output."""
+        left = self.expected[self.reached : self.reached + 1]
+        wanted = (left[0].layer, left[0].shape) if left else None
+        if got != wanted:
+            raise RuntimeError(
+                f"the second pass of a StreamingStep came to {_described(got)} where the first "
+                f"came to {_described(wanted)}, and some layers may be updated already: a model "
+                "must do the same in both, so random choices by torch's generators alone"
+            )
+        due = self.schedule.due[self.reached]
+        self.due += due
+        self.complete += self.schedule.complete[self.reached]
+        self.held += sum(_bytes_held(self.waiting[k]) for k in due if k in self.waiting)
+        self.reached += 1
+
+    def _send(self, y: Tensor) -> None:
+        """Feeds the points that are due, through y, and updates what has its whole gradient.
+
+        y is the output or, before that, stands for it.
+        """
+        due = sorted(k for k in self.due if k in self.waiting)
+        points, places = [self.waiting.pop(k) for k in due], [self.places[k] for k in due]
+        if points:
+            y = self.root._feed(points, places, self.widest, y, in_turn=True)
+        del points  # the graph holds what it needs, and frees it as it goes
+        if y.requires_grad:
+            with self.call.without_autocast():
+                torch.autograd.backward(y, self.error)
+        self.updates.update(self.complete)
+        self.due, self.complete, self.held = [], [], 0.0
+
+
+def _bytes_held(point: Point) -> float:
+    """Of a layer alone, which saves its output, and for which a delta and a gradient are made.
+
+    How much a block saves is not known: so it is fed without waiting for others.
+    """
+    record = point.target
+    if not isinstance(record, LayerRecord):
+        return math.inf
+    return float(2 * record.saved.nbytes + record.weight.nbytes)
+
+
+class _Updates:
+    """One step of an optimizer, made for some parameters at a time.
+
+    Every time by its own `step`, in which it has these parameters alone. The options of a group are
+    each time what they were before: what the optimizer counts there, it counts once.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        groups = optimizer.param_groups
+        self.group_of = {p: k for k, group in enumerate(groups) for p in group["params"]}
+        self.updated: set[Tensor] = set()
+        self.after: dict[int, dict[str, Any]] = {}  # the groups' options as they will be
+
+    def update(self, parameters: Iterable[Tensor]) -> None:
+        """Updates those of the optimizer that have a gradient, and frees it."""
+        parts: dict[int, list[Tensor]] = {}
+        ready = [p for p in parameters if p.grad is not None and p in self.group_of]
+        for parameter in ready:
+            parts.setdefault(self.group_of[parameter], []).append(parameter)
+        if not self.updated.isdisjoint(ready):
+            raise RuntimeError(
+                "a parameter received a gradient in a StreamingStep after it was updated: the "
+                "model uses its parameters otherwise than in the step before, though it calls the "
+                "same layers"
+            )
+        if not ready:
+            return
+        self._step(parts)
+        self.updated.update(ready)
+        for parameter in ready:
+            parameter.grad = None
+
+    def _step(self, parts: dict[int, list[Tensor]]) -> None:
+        groups = self.optimizer.param_groups
+        narrowed = [{**groups[k], "params": part} for k, part in parts.items()]
+        self.optimizer.param_groups = narrowed
+        try:
+            self.optimizer.step()
+        finally:
+            self.optimizer.param_groups = groups
+        self.after.update(zip(parts, narrowed, strict=True))
+
+    def finish(self) -> None:
+        """Updates all that is left."""
+        self.update(self.group_of)
+        for k, narrowed in self.after.items():
+            group = self.optimizer.param_groups[k]
+            group.update({**narrowed, "params": group["params"]})
+
+
+# What a forward pass depends on and leaves behind.
+
+Buffers = dict[tuple[nn.Module, str], Tensor]
+RandomState = tuple[Tensor, tuple[list[int], list[Tensor]]]
+
+
+def _buffers(root: DFA) -> Buffers:
+    return {
+        (module, name): x
+        for module in root.module.modules()
+        for name, x in module._buffers.items()
+        if x is not None
+    }
+
+
+def _copied(buffers: Buffers) -> Buffers:
+    copies = {id(x): x.detach().clone() for x in buffers.values()}
+    return {place: copies[id(x)] for place, x in buffers.items()}
+
+
+def _put(buffers: Buffers) -> None:
+    for (module, name), x in buffers.items():
+        module._buffers[name] = x
+
+
+def _random_state(places: dict[torch.device, Tensor]) -> RandomState:
+    """Of torch's generators on the CPU and on these devices."""
+    return torch.get_rng_state(), get_device_states(*places.values())
+
+
+def _set_random_state(state: RandomState) -> None:
+    torch.set_rng_state(state[0])
+    set_device_states(*state[1])
+
+
+def _versions(inputs: list[Tensor]) -> list[int]:
+    return [0 if x.is_inference() else x._version for x in inputs]
+
+
+def _unpack(saved: Tensor | None) -> Tensor:
+    if saved is None:
+        raise RuntimeError(
+            "the loss of a StreamingStep reaches into the DFA other than by the output at which "
+            "the error is taken: what it reads there is not kept. Make an ordinary step, or let "
+            "DFA(..., output=name) name a submodule whose output is all that the loss needs"
+        )
+    return saved
+
+
+# Checks.
+
+
+def _root(model: nn.Module) -> DFA:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    roots = [module for module in model.modules() if isinstance(module, DFA)]
+    if len(roots) != 1:
+        raise ValueError(
+            f"model must hold one fastdfa.DFA, got {type(model).__name__} with {len(roots)}"
+        )
+    return roots[0]
+
+
+def _check_optimizer(optimizer: Optimizer, root: DFA) -> None:
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer must be one that updates each parameter from its own gradient, got {kind}, "
+            "which evaluates the loss of the whole model in its step(closure)"
+        )
+    _check_hooks(optimizer)
+    given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in given for p in root.module.parameters()):
+        raise ValueError(f"optimizer must hold parameters of the model, got {kind} without any")
+
+
+def _check_hooks(optimizer: Optimizer) -> None:
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise ValueError(
+            "optimizer must have no step hooks, as a StreamingStep calls its step for some "
+            f"parameters at a time, got {type(optimizer).__name__} with some. Gradients cannot be "
+            "clipped together; what averages weights goes after the whole step"
+        )
+
+
+def _check_call(root: DFA, inputs: list[Tensor]) -> None:
+    sharded = any(type(x.data).__name__ == "DTensor" for x in root.module.parameters())
+    if sharded or DistributedDataParallel._get_active_ddp_module() is not None:
+        raise RuntimeError(
+            "a StreamingStep updates in one process: it cannot be used under "
+            "DistributedDataParallel or fully_shard, which exchange gradients"
+        )
+    if any(x.requires_grad for x in inputs):
+        raise ValueError(
+            "the inputs of the DFA must not require grad in a StreamingStep, which gives them no "
+            "gradient, got one that does: pass x.detach(), and put layers before the DFA inside it"
+        )
+
+
+def _check_loss(loss: Any, first: FirstPass) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"closure must return the loss, a tensor, got {type(loss).__name__}")
+    if first.output is None:
+        raise RuntimeError("closure must call the model, with gradients enabled, and did not")
+    if loss.numel() != 1:
+        raise ValueError(f"closure must return a scalar loss, got shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError(
+            "closure must return a loss that depends on the output of the model, got one without "
+            "a graph: detached, or computed under no_grad"
+        )
+
+
+def _described(reading: tuple[nn.Module, torch.Size] | None) -> str:
+    if reading is None:
+        return "the output"
+    layer, shape = reading
+    return f"a point of shape {tuple(shape)} before {type(layer).__name__}"

@@ -35,17 +35,11 @@ test: $(STAMP).built ## kernel tests, then every test with the kernels, then wit
 	$(PY) -m pytest -q $(ARGS)
 	FASTDFA_DISABLE_EXTENSION=1 $(PY) -m pytest -q -m "not slow" $(ARGS)
 
-<<<<<<< HEAD
-bench: $(STAMP).built ## time and memory of a training step, of each kernel and kind of network
+bench: $(STAMP).built ## time and memory: of a step, kinds of networks, over depth; of each kernel
 	$(PY) benchmarks/step.py $(ARGS)
-	$(PY) benchmarks/kernels.py $(ARGS)
 	$(PY) benchmarks/step_kinds.py $(ARGS)
-=======
-bench: $(STAMP).built ## time and memory of a training step, also over depth, and of each kernel
-	$(PY) benchmarks/step.py $(ARGS)
-	$(PY) benchmarks/kernels.py $(ARGS)
 	$(PY) benchmarks/memory.py $(ARGS)
->>>>>>> stream
+	$(PY) benchmarks/kernels.py $(ARGS)
 
 readme: $(STAMP).packages ## the figures of README.md, from benchmarks/results
 	$(PY) benchmarks/readme.py

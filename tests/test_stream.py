@@ -263,16 +263,38 @@ def test_autocast(kind, workspace):
     same_steps(build(kind, torch.float32), loss, steps=1, tolerance=tolerance)
 
 
+class InFloat32(nn.Module):
+    """A block that autocast leaves alone, and one that it does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 8)
+        self.point = fastdfa.FeedbackPoint()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            h = torch.tanh(self.first(x))
+        h = self.point(h)
+        return self.head(self.point(torch.tanh(self.second(h))))
+
+
 def test_autocast_around_the_step():
-    model = mlp([5, 8, 7, 3], dtype=torch.float32)
+    """Several steps: no cast weight of the first pass serves the second. And the backward pass of a
+    block in float32 stays in it, though its point is under autocast."""
+    model = fastdfa.DFA(InFloat32(), feedback=RULE)
     twin = copy.deepcopy(model)
     step = fastdfa.StreamingStep(twin, sgd(twin.parameters()))
     x, g, optimizer = X.float(), G.float(), sgd(model.parameters())
     with torch.autocast("cpu", torch.bfloat16):
-        step(lambda: (twin(x).float() * g).sum())
-        loss = (model(x).float() * g).sum()
-    loss.backward()
-    optimizer.step()
+        for _ in range(3):
+            step(lambda: (twin(x).float() * g).sum())
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (model(x).float() * g).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     assert_close(values(twin, step.optimizer), values(model, optimizer), 1e-5)
 
 

@@ -4,7 +4,7 @@ Both methods draw the same initial weights from the same seed, as a cut has no p
 """
 
 import math
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,13 @@ def build(config, data, dfa):
     """The network of `config.model` for samples like those of `data`, cut for DFA or not."""
     torch.manual_seed(config.seed)
     return MODELS[config.model](config, data, dfa)
+
+
+def last_parts(model, number):
+    """The last layers and blocks of a network that have parameters."""
+    children = (c if isinstance(c, nn.ModuleList) else [c] for c in model.children())
+    parts = [part for part in chain.from_iterable(children) if list(part.parameters())]
+    return nn.ModuleList(parts[-number:])
 
 
 def activated(kind, dfa, activation, *arguments, **options):
@@ -97,11 +104,18 @@ def resnet20(config, data, dfa):
 
 
 class Transformer(nn.Module):
-    """A causal transformer over characters, cut after every block (arXiv 2006.12878)."""
+    """A causal transformer over characters, cut after every block (arXiv 2006.12878).
+
+    The normalisation is after the add, so it is the last of a block before its cut; and the
+    embedding starts small, that the blocks are not lost beside it. On held-out text, after an epoch
+    of the recipe, DFA's loss is 2.06 so; 2.35 with torch's embedding of deviation 1; with that and
+    the normalisation first 2.69 (learning rate 3e-3).
+    """
 
     def __init__(self, config, data, dfa):
         super().__init__()
         self.token = nn.Embedding(data.classes, config.width)
+        nn.init.normal_(self.token.weight, std=0.1)
         self.position = nn.Parameter(0.02 * torch.randn(data.shape[0], config.width))
         self.blocks, self.points = nn.ModuleList(), nn.ModuleList()
         for _ in range(config.depth):
@@ -113,7 +127,6 @@ class Transformer(nn.Module):
                     dropout=config.dropout,
                     activation=MODULES[config.activation](),
                     batch_first=True,
-                    norm_first=True,
                 )
             )
             self.points.append(point(dfa))
@@ -128,7 +141,11 @@ class Transformer(nn.Module):
 
 
 class GCN(nn.Module):
-    """Graph convolutions f(A h W) of Kipf and Welling 2017, over one graph; each is cut."""
+    """Graph convolutions f(A h W) of Kipf and Welling 2017, over one graph; each is cut.
+
+    After the first, A comes before the layer and its cut, so that the feedback of a labelled node
+    reaches its neighbours, as its gradient does. Cut before A, it would stay at that node.
+    """
 
     def __init__(self, config, data, dfa):
         super().__init__()
@@ -144,10 +161,10 @@ class GCN(nn.Module):
         return torch.sparse.mm(self.adjacency.to(h.dtype), h.squeeze(0)).unsqueeze(0)
 
     def forward(self, x):  # [1, nodes, features] -> [1, nodes, classes]
-        h = self.input_dropout(x)
-        for layer in self.layers[:-1]:
-            h = self.dropout(self.activation(self.spread(layer(h))))
-        return self.spread(self.layers[-1](h))
+        h = self.spread(self.layers[0](self.input_dropout(x)))
+        for layer in self.layers[1:]:
+            h = layer(self.spread(self.dropout(self.activation(h))))
+        return h
 
 
 MODELS = {"mlp": mlp, "cnn": cnn, "resnet20": resnet20, "transformer": Transformer, "gcn": GCN}

@@ -16,8 +16,8 @@ from rich.table import Table
 
 import fastdfa
 
-LABELS = {"dfa": "DFA", "bp": "backprop", "top": "top layer"}
-COLOURS = {"dfa": "#0068b8", "bp": "#e07b00", "top": "#7a7a7a"}
+LABELS = {"dfa": "DFA", "bp": "backprop", "top": "top layer", "block": "top block"}
+COLOURS = {"dfa": "#0068b8", "bp": "#e07b00", "top": "#7a7a7a", "block": "#b0b0b0"}
 MOST_COSINES = 8  # rows of the table; more layers are summed up in one
 
 

@@ -27,11 +27,11 @@ def last_parts(model, number):
     return nn.ModuleList(parts[-number:])
 
 
-def activated(kind, dfa, activation, *arguments, **options):
-    """A layer of torch or fastdfa, "Linear" or "Conv2d", with its activation, as a list."""
+def activated(dfa, activation, n_in, n_out):
+    """A linear layer of torch or fastdfa with its activation, as a list."""
     if dfa:
-        return [getattr(fastdfa, kind)(*arguments, activation=activation, **options)]
-    return [getattr(nn, kind)(*arguments, **options), MODULES[activation]()]
+        return [fastdfa.Linear(n_in, n_out, activation=activation)]
+    return [nn.Linear(n_in, n_out), MODULES[activation]()]
 
 
 def head(dfa, features, classes):
@@ -52,23 +52,25 @@ def mlp(config, data, dfa):
     widths = [math.prod(data.shape)] + [config.width] * config.depth
     layers = [nn.Flatten(), *dropout(config.input_dropout)]
     for n_in, n_out in pairwise(widths):
-        layers += activated("Linear", dfa, config.activation, n_in, n_out)
+        layers += activated(dfa, config.activation, n_in, n_out)
         layers += dropout(config.dropout)
     return nn.Sequential(*layers, head(dfa, config.width, data.classes))
 
 
 def cnn(config, data, dfa):
-    """`depth` convolutions 5x5 of `width`, then 2 `width` channels, each pooled to half the size
-    and normalised; a hidden layer of 4 `width`; every layer is cut from the one before."""
-    channels = [data.shape[0], config.width] + [2 * config.width] * (config.depth - 1)
+    """`depth` convolutions of `width` channels, the first 5x5 of stride 2, the others 3x3; each is
+    pooled to half the size and normalised; then a hidden layer of 4 `width`. All are cut."""
+    convolution, activation = (fastdfa if dfa else nn).Conv2d, MODULES[config.activation]
+    channels = [data.shape[0]] + [config.width] * config.depth
     layers, size = dropout(config.input_dropout), data.shape[1]
-    for n_in, n_out in pairwise(channels):
-        layers += activated("Conv2d", dfa, config.activation, n_in, n_out, 5, padding=2)
-        layers += [nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(n_out)]
-        size = -(-size // 2)
+    for i, (n_in, n_out) in enumerate(pairwise(channels)):
+        kernel, stride = (3, 1) if i else (5, 2)
+        layers.append(convolution(n_in, n_out, kernel, stride, padding=kernel // 2))
+        layers += [nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(n_out), activation()]
+        size = -(-size // (2 * stride))
     layers += [nn.Flatten(), *dropout(config.dropout)]
     hidden = 4 * config.width
-    layers += activated("Linear", dfa, config.activation, channels[-1] * size**2, hidden)
+    layers += activated(dfa, config.activation, config.width * size**2, hidden)
     return nn.Sequential(*layers, *dropout(config.dropout), head(dfa, hidden, data.classes))
 
 

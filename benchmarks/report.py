@@ -70,11 +70,9 @@ def architecture(config):
 
 def describe(config):
     """The run in one line."""
-    regular = [
-        f"{name} {value:g}"
-        for name, value in (("input dropout", config.input_dropout), ("dropout", config.dropout))
-        if value
-    ]
+    names = ("input_dropout", "dropout", "weight_decay", "feedback_scale")
+    values = {name.replace("_", " "): getattr(config, name) for name in names}
+    regular = [f"{name} {value:g}" for name, value in values.items() if value]
     return ", ".join(
         [
             f"{config.dataset}: {architecture(config)}",

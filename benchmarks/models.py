@@ -39,8 +39,8 @@ def head(dfa, features, classes):
     return (fastdfa if dfa else nn).Linear(features, classes)
 
 
-def point(dfa):
-    return fastdfa.FeedbackPoint() if dfa else nn.Identity()
+def point(dfa, features=None):
+    return fastdfa.FeedbackPoint(features=features) if dfa else nn.Identity()
 
 
 def dropout(rate):
@@ -93,14 +93,17 @@ class ResidualBlock(nn.Module):
 
 
 def resnet20(config, data, dfa):
-    """ResNet-20 of `width`, 2 and 4 `width` channels, cut after every block."""
+    """ResNet-20 of `width`, 2 and 4 `width` channels, cut after every block.
+
+    The head reads averages over positions, so a channel has one feedback for all of its positions.
+    """
     width, activation = config.width, config.activation
     stem = nn.Conv2d(data.shape[0], width, 3, padding=1, bias=False)
-    layers = [stem, nn.BatchNorm2d(width), MODULES[activation](), point(dfa)]
+    layers = [stem, nn.BatchNorm2d(width), MODULES[activation](), point(dfa, features=1)]
     channels = [width] * 4 + [2 * width] * 3 + [4 * width] * 3
     for n_in, n_out in pairwise(channels):
         stride = 1 if n_in == n_out else 2
-        layers += [ResidualBlock(n_in, n_out, stride, activation), point(dfa)]
+        layers += [ResidualBlock(n_in, n_out, stride, activation), point(dfa, features=1)]
     pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*layers, *pooled, nn.Linear(4 * width, data.classes))
 

@@ -21,7 +21,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -90,24 +90,43 @@ IGNORED = -100  # a label without a loss, as in torch's cross_entropy
 CONTEXT = 64  # characters of a sample of text
 
 
-def load(name: str, directory: str | None = None, check_md5: bool = True) -> Dataset:
+def load(
+    name: str, directory: str | None = None, check_md5: bool = True, validate: bool = False
+) -> Dataset:
     """Read the data set `name` (one of DATASETS) from `directory`; DataError if anything is off.
 
     Pixels are scaled to mean 0 and standard deviation 1 over all of the training set.
     `check_md5=False` takes any files of the right format, a subset or another set of letters.
+    `validate=True` never touches the test set: in its place stand the validation nodes of a graph,
+    of anything else the last tenth of the training set, which is held out.
     """
+    if name == "cora":
+        return _graph(name, _root(name, directory), "val_idx" if validate else "test_idx")
+    data = _whole(name, directory, check_md5)
+    return _held_out(data) if validate else data
+
+
+def _held_out(data):
+    x, y = ([*t.split(len(t) - len(t) // 10)] for t in (data.train_x, data.train_y))
+    return replace(data, train_x=x[0], train_y=y[0], test_x=x[1], test_y=y[1])
+
+
+def _whole(name, directory, check_md5):
     if name == "digits":
         return _dataset(*_digits())
+    root = _root(name, directory)
+    if name == "shakespeare":
+        return _text(name, root)
+    return _dataset(*(_cifar10 if name == "cifar10" else _idx_set)(name, root, check_md5))
+
+
+def _root(name, directory):
     if directory is None:
         raise DataError(f"{name} needs --data DIR: download {DOWNLOAD[name]} into DIR")
     root = Path(directory)
     if not root.is_dir():
         raise DataError(f"--data {directory}: no such directory")
-    if name == "shakespeare":
-        return _text(name, root)
-    if name == "cora":
-        return _graph(name, root)
-    return _dataset(*(_cifar10 if name == "cifar10" else _idx_set)(name, root, check_md5))
+    return root
 
 
 def _dataset(train_x, train_y, test_x, test_y):
@@ -309,11 +328,12 @@ def _windows(code):
 # Cora: Sen et al. 2008, in the split of Yang et al. 2016 (Planetoid)
 
 
-def _graph(name, root):
+def _graph(name, root, scored):
+    """The labels of `scored`, test_idx or val_idx, take the place of a test set."""
     path = next((p for p in (root / "cora.npz", root / name / "cora.npz") if p.is_file()), None)
     if path is None:
         raise _missing(name, "cora.npz", root)
-    keys = ("x_data", "x_indices", "x_indptr", "x_shape", "y", "edges", "train_idx", "test_idx")
+    keys = ("x_data", "x_indices", "x_indptr", "x_shape", "y", "edges", "train_idx", scored)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: torch.from_numpy(file[key]).long() for key in keys[1:]}
@@ -324,7 +344,7 @@ def _graph(name, root):
     rows = torch.arange(len(x)).repeat_interleave(arrays["x_indptr"].diff())
     x[rows, arrays["x_indices"]] = values
     x = x / x.sum(1, keepdim=True).clamp(min=1)  # rows of sum 1, as published
-    labels = [_labels_of(arrays["y"], arrays[split]) for split in ("train_idx", "test_idx")]
+    labels = [_labels_of(arrays["y"], arrays[split]) for split in ("train_idx", scored)]
     adjacency = _normalised(arrays["edges"], len(x))
     classes = int(arrays["y"].max()) + 1
     return Dataset(x[None], labels[0], x[None], labels[1], classes, adjacency)

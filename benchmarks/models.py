@@ -4,7 +4,7 @@ Both methods draw the same initial weights from the same seed, as a cut has no p
 """
 
 import math
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,18 @@ def build(config, data, dfa):
     return MODELS[config.model](config, data, dfa)
 
 
-def activated(kind, dfa, activation, *arguments, **options):
-    """A layer of torch or fastdfa, "Linear" or "Conv2d", with its activation, as a list."""
+def last_parts(model, number):
+    """The last layers and blocks of a network that have parameters."""
+    children = (c if isinstance(c, nn.ModuleList) else [c] for c in model.children())
+    parts = [part for part in chain.from_iterable(children) if list(part.parameters())]
+    return nn.ModuleList(parts[-number:])
+
+
+def activated(dfa, activation, n_in, n_out):
+    """A linear layer of torch or fastdfa with its activation, as a list."""
     if dfa:
-        return [getattr(fastdfa, kind)(*arguments, activation=activation, **options)]
-    return [getattr(nn, kind)(*arguments, **options), MODULES[activation]()]
+        return [fastdfa.Linear(n_in, n_out, activation=activation)]
+    return [nn.Linear(n_in, n_out), MODULES[activation]()]
 
 
 def head(dfa, features, classes):
@@ -32,8 +39,8 @@ def head(dfa, features, classes):
     return (fastdfa if dfa else nn).Linear(features, classes)
 
 
-def point(dfa):
-    return fastdfa.FeedbackPoint() if dfa else nn.Identity()
+def point(dfa, features=None):
+    return fastdfa.FeedbackPoint(features=features) if dfa else nn.Identity()
 
 
 def dropout(rate):
@@ -45,23 +52,25 @@ def mlp(config, data, dfa):
     widths = [math.prod(data.shape)] + [config.width] * config.depth
     layers = [nn.Flatten(), *dropout(config.input_dropout)]
     for n_in, n_out in pairwise(widths):
-        layers += activated("Linear", dfa, config.activation, n_in, n_out)
+        layers += activated(dfa, config.activation, n_in, n_out)
         layers += dropout(config.dropout)
     return nn.Sequential(*layers, head(dfa, config.width, data.classes))
 
 
 def cnn(config, data, dfa):
-    """`depth` convolutions 5x5 of `width`, then 2 `width` channels, each pooled to half the size
-    and normalised; a hidden layer of 4 `width`; every layer is cut from the one before."""
-    channels = [data.shape[0], config.width] + [2 * config.width] * (config.depth - 1)
+    """`depth` convolutions of `width` channels, the first 5x5 of stride 2, the others 3x3; each is
+    pooled to half the size and normalised; then a hidden layer of 4 `width`. All are cut."""
+    convolution, activation = (fastdfa if dfa else nn).Conv2d, MODULES[config.activation]
+    channels = [data.shape[0]] + [config.width] * config.depth
     layers, size = dropout(config.input_dropout), data.shape[1]
-    for n_in, n_out in pairwise(channels):
-        layers += activated("Conv2d", dfa, config.activation, n_in, n_out, 5, padding=2)
-        layers += [nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(n_out)]
-        size = -(-size // 2)
+    for i, (n_in, n_out) in enumerate(pairwise(channels)):
+        kernel, stride = (3, 1) if i else (5, 2)
+        layers.append(convolution(n_in, n_out, kernel, stride, padding=kernel // 2))
+        layers += [nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(n_out), activation()]
+        size = -(-size // (2 * stride))
     layers += [nn.Flatten(), *dropout(config.dropout)]
     hidden = 4 * config.width
-    layers += activated("Linear", dfa, config.activation, channels[-1] * size**2, hidden)
+    layers += activated(dfa, config.activation, config.width * size**2, hidden)
     return nn.Sequential(*layers, *dropout(config.dropout), head(dfa, hidden, data.classes))
 
 
@@ -84,24 +93,34 @@ class ResidualBlock(nn.Module):
 
 
 def resnet20(config, data, dfa):
-    """ResNet-20 of `width`, 2 and 4 `width` channels, cut after every block."""
+    """ResNet-20 of `width`, 2 and 4 `width` channels, cut after every block.
+
+    The head reads averages over positions, so a channel has one feedback for all of its positions.
+    """
     width, activation = config.width, config.activation
     stem = nn.Conv2d(data.shape[0], width, 3, padding=1, bias=False)
-    layers = [stem, nn.BatchNorm2d(width), MODULES[activation](), point(dfa)]
+    layers = [stem, nn.BatchNorm2d(width), MODULES[activation](), point(dfa, features=1)]
     channels = [width] * 4 + [2 * width] * 3 + [4 * width] * 3
     for n_in, n_out in pairwise(channels):
         stride = 1 if n_in == n_out else 2
-        layers += [ResidualBlock(n_in, n_out, stride, activation), point(dfa)]
+        layers += [ResidualBlock(n_in, n_out, stride, activation), point(dfa, features=1)]
     pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*layers, *pooled, nn.Linear(4 * width, data.classes))
 
 
 class Transformer(nn.Module):
-    """A causal transformer over characters, cut after every block (arXiv 2006.12878)."""
+    """A causal transformer over characters, cut after every block (arXiv 2006.12878).
+
+    The normalisation is after the add, so it is the last of a block before its cut; and the
+    embedding starts small, that the blocks are not lost beside it. On held-out text, after an epoch
+    of the recipe, DFA's loss is 2.06 so; 2.35 with torch's embedding of deviation 1; with that and
+    the normalisation first 2.69 (learning rate 3e-3).
+    """
 
     def __init__(self, config, data, dfa):
         super().__init__()
         self.token = nn.Embedding(data.classes, config.width)
+        nn.init.normal_(self.token.weight, std=0.1)
         self.position = nn.Parameter(0.02 * torch.randn(data.shape[0], config.width))
         self.blocks, self.points = nn.ModuleList(), nn.ModuleList()
         for _ in range(config.depth):
@@ -113,7 +132,6 @@ class Transformer(nn.Module):
                     dropout=config.dropout,
                     activation=MODULES[config.activation](),
                     batch_first=True,
-                    norm_first=True,
                 )
             )
             self.points.append(point(dfa))
@@ -128,7 +146,11 @@ class Transformer(nn.Module):
 
 
 class GCN(nn.Module):
-    """Graph convolutions f(A h W) of Kipf and Welling 2017, over one graph; each is cut."""
+    """Graph convolutions f(A h W) of Kipf and Welling 2017, over one graph; each is cut.
+
+    After the first, A comes before the layer and its cut, so that the feedback of a labelled node
+    reaches its neighbours, as its gradient does. Cut before A, it would stay at that node.
+    """
 
     def __init__(self, config, data, dfa):
         super().__init__()
@@ -144,10 +166,10 @@ class GCN(nn.Module):
         return torch.sparse.mm(self.adjacency.to(h.dtype), h.squeeze(0)).unsqueeze(0)
 
     def forward(self, x):  # [1, nodes, features] -> [1, nodes, classes]
-        h = self.input_dropout(x)
-        for layer in self.layers[:-1]:
-            h = self.dropout(self.activation(self.spread(layer(h))))
-        return self.spread(self.layers[-1](h))
+        h = self.spread(self.layers[0](self.input_dropout(x)))
+        for layer in self.layers[1:]:
+            h = layer(self.spread(self.dropout(self.activation(h))))
+        return h
 
 
 MODELS = {"mlp": mlp, "cnn": cnn, "resnet20": resnet20, "transformer": Transformer, "gcn": GCN}

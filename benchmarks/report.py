@@ -16,8 +16,8 @@ from rich.table import Table
 
 import fastdfa
 
-LABELS = {"dfa": "DFA", "bp": "backprop", "top": "top layer"}
-COLOURS = {"dfa": "#0068b8", "bp": "#e07b00", "top": "#7a7a7a"}
+LABELS = {"dfa": "DFA", "bp": "backprop", "top": "top layer", "block": "top block"}
+COLOURS = {"dfa": "#0068b8", "bp": "#e07b00", "top": "#7a7a7a", "block": "#b0b0b0"}
 MOST_COSINES = 8  # rows of the table; more layers are summed up in one
 
 
@@ -70,11 +70,9 @@ def architecture(config):
 
 def describe(config):
     """The run in one line."""
-    regular = [
-        f"{name} {value:g}"
-        for name, value in (("input dropout", config.input_dropout), ("dropout", config.dropout))
-        if value
-    ]
+    names = ("input_dropout", "dropout", "weight_decay", "feedback_scale")
+    values = {name.replace("_", " "): getattr(config, name) for name in names}
+    regular = [f"{name} {value:g}" for name, value in values.items() if value]
     return ", ".join(
         [
             f"{config.dataset}: {architecture(config)}",

@@ -23,6 +23,7 @@ import data  # noqa: E402  (from the folder put on the path above)
 for needed in ("rich", "matplotlib", "sklearn"):
     pytest.importorskip(needed)
 
+import seeds  # noqa: E402  (needs the packages just looked for)
 import train  # noqa: E402  (needs the packages just looked for)
 
 TINY = [
@@ -209,6 +210,7 @@ def write_graph(folder):
         y=np.array([2, 0, 1, 1]),
         edges=np.array([[0, 1], [1, 2]]),
         train_idx=np.array([0, 1]),
+        val_idx=np.array([2]),
         test_idx=np.array([3]),
     )
 
@@ -221,12 +223,23 @@ def test_graph(tmp_path):
     ignored = data.IGNORED
     assert loaded.train_y.tolist() == [[2, 0, ignored, ignored]]
     assert loaded.test_y.tolist() == [[ignored, ignored, ignored, 1]]
+    validation = data.load("cora", tmp_path, validate=True)
+    assert validation.train_y.tolist() == loaded.train_y.tolist()
+    assert validation.test_y.tolist() == [[ignored, ignored, 1, ignored]]
     a, b = 6**-0.5, 1 / 3  # degrees with the loops: 2, 3, 2, 1
     expected = [[0.5, a, 0, 0], [a, b, a, 0], [0, a, 0.5, 0], [0, 0, 0, 1]]
     assert torch.allclose(loaded.adjacency.to_dense(), torch.tensor(expected))
     (tmp_path / "cora.npz").write_bytes(b"no zip")
     with pytest.raises(data.DataError, match="truncated, damaged or incomplete"):
         data.load("cora", tmp_path)
+
+
+def test_what_is_held_out_for_validation():
+    whole, held_out = (data.load("digits", validate=validate) for validate in (False, True))
+    assert len(held_out.test_x) == len(held_out.test_y) == len(whole.train_x) // 10
+    for kind in "xy":
+        parts = [getattr(held_out, f"{part}_{kind}") for part in ("train", "test")]
+        assert torch.equal(torch.cat(parts), getattr(whole, f"train_{kind}"))
 
 
 # The command
@@ -242,7 +255,7 @@ def test_graph(tmp_path):
         ("--lr 0", "must be above 0"),
         ("--lr nan", "must be above 0"),
         ("--dropout 1", "must be at least 0 and below 1"),
-        ("--methods dfa,magic", "'magic' is none of dfa, bp, top"),
+        ("--methods dfa,magic", "'magic' is none of dfa, bp, top, block"),
         ("--model gcn --dataset mnist", "--model gcn takes cora, got mnist"),
         ("--model transformer", "shakespeare needs --data DIR: download input.txt from https"),
         ("--device tpu9", "'tpu9' cannot be used"),
@@ -355,7 +368,7 @@ def test_divergence_keeps_the_epochs_before(tmp_path, capsys):
 
 
 SMALL = {
-    "cnn": ["--dataset=digits", "--width=4"],
+    "cnn": ["--dataset=digits", "--width=16", "--depth=2", "--dropout=0"],
     "resnet20": ["--dataset=digits", "--width=2"],
     "transformer": ["--width=32", "--depth=2", "--batch=16"],
     "gcn": ["--width=4"],
@@ -367,7 +380,7 @@ def test_models(tmp_path, model, capsys):
     """Each starts from the same weights for every method, is cut, and learns."""
     write_text(tmp_path)
     write_graph(tmp_path)
-    line = ["--model", model, "--data", str(tmp_path), *SMALL[model], "--methods=dfa,bp,top"]
+    line = ["--model", model, "--data", str(tmp_path), *SMALL[model], "--methods=dfa,bp,top,block"]
     line += ["--out", str(tmp_path), "--name=run", "--threads=1", "--epochs=2"]
     assert train.main(line) == 0, capsys.readouterr().err
     history = json.loads((tmp_path / "run" / "results.json").read_text())["history"]
@@ -377,11 +390,66 @@ def test_models(tmp_path, model, capsys):
     assert start["dfa"]["alignment"][0] < 0.999  # of the first weights: they do not see backprop
 
 
-def test_the_top_layer_alone():
-    config, *_ = train.options([*TINY, "--methods=top"])
-    learner = train.Learner("top", config, data.load("digits"))
-    trained = [name for name, p in learner.model.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 and trained[0].split(".")[0] == trained[1].split(".")[0] != "1"
+TOPS = {
+    "cnn": (["9"], ["11"]),
+    "resnet20": (["20"], ["24"]),
+    "transformer": (["blocks.1"], ["head"]),
+}
+
+
+@pytest.mark.parametrize("model", TOPS)
+def test_what_is_trained_on_top(tmp_path, model):
+    """`top` trains the head alone, `block` also what is below it; all else stays as it was."""
+    write_text(tmp_path)
+    line = ["--model", model, "--data", str(tmp_path), *SMALL[model], "--threads=1"]
+    config, *_ = train.options(line)
+    loaded = data.load(config.dataset, tmp_path)
+    block, head = TOPS[model]
+    for method, parts in (("top", head), ("block", block + head)):
+        learner = train.Learner(method, config, loaded)
+        named = list(learner.model.named_parameters())
+        before = [p.clone() for _, p in named]
+        learner.step(loaded.train_x[:16], loaded.train_y[:16])
+        for (name, after), was in zip(named, before, strict=True):
+            on_top = any(name.startswith(part + ".") for part in parts)
+            assert on_top != torch.equal(after, was), (method, name)
+
+
+def test_feedback_scale():
+    line = [*TINY, "--feedback=tinydfa", "--feedback-scale=0.5"]
+    learner = train.Learner("dfa", train.options(line)[0], data.load("digits"))
+    learner.step(learner.data.train_x[:8], learner.data.train_y[:8])
+    largest = learner.model.feedback_matrix("4").abs().max().item()
+    assert largest == pytest.approx(0.5 * 3**0.5, rel=0.05)  # uniform, of deviation 0.5
+
+
+def test_feedback_reaches_the_neighbours(tmp_path):
+    """In the GCN the first layer receives A^T e B: the gradient, but for B in the place of W."""
+    write_graph(tmp_path)
+    line = ["--model=gcn", f"--data={tmp_path}", "--width=4", "--dropout=0", "--dtype=float64"]
+    config, *_ = train.options([*line, "--activation=tanh"])
+    loaded = train.on_device(data.load("cora", tmp_path), config)
+    learner = train.Learner("dfa", config, loaded)
+    learner.loss(loaded.train_x, loaded.train_y).backward()
+    first, last = learner.model.module.layers
+    a, x = loaded.adjacency.to_dense().double(), loaded.train_x[0]
+    h = torch.tanh(a @ first(x[None])[0])
+    logits = last((a @ h)[None])[0].detach().requires_grad_()
+    train.cross_entropy(logits[None], loaded.train_y).backward()
+    fed = a.T @ logits.grad @ learner.model.feedback_matrix("layers.1")
+    expected = (a.T @ (fed * (1 - h**2))).T @ x
+    assert torch.allclose(first.weight.grad, expected)
+
+
+def test_seeds(tmp_path, capsys):
+    line = [*TINY, "--methods=dfa", "--epochs=1", "--out", str(tmp_path), "--name=many"]
+    assert seeds.main(["2", *line]) == 0
+    found = json.loads((tmp_path / "many.json").read_text())
+    assert [run["seed"] for run in found["runs"]] == [0, 1]
+    assert len({run["methods"]["dfa"]["test_loss"] for run in found["runs"]}) == 2
+    assert seeds.main(["2", *line]) == 2  # the folders exist
+    assert seeds.main(["two"]) == 2
+    assert "seeds.py: error: invalid literal" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])

@@ -77,6 +77,33 @@ def kernels() -> str:
     )
 
 
+def kinds() -> str:
+    """Every kind of network beside the bound of its operations."""
+    results = read("kinds")
+    rows = []
+    for row in results["rows"]:
+        speed = {name: 1 / value["median"] for name, value in row["to_backprop"].items()}
+        names = ["limit", "fastdfa, torch.mm", "fastdfa", "backprop compiled", "fastdfa compiled"]
+        memory = f"{row['peak_mib']['fastdfa']:.1f} / {row['peak_mib']['backprop']:.1f}"
+        rows.append(
+            [
+                row["case"],
+                times(row["bound"]),
+                *(times(speed[name]) if name in speed else "-" for name in names),
+                f"{speed['fastdfa'] / row['bound']:.2f}",
+                f"{speed['fastdfa'] / speed['limit']:.2f}",
+                memory,
+            ]
+        )
+    head = ["network / batch", "bound", "limit", "fastdfa, `torch.mm`", "**fastdfa**"]
+    head += ["backprop, compiled", "fastdfa, compiled", "of bound", "of limit"]
+    head += ["peak MiB, fastdfa / backprop"]
+    return (
+        "Speed of a training step, eager backprop = 1 (float32; medians of interleaved rounds; "
+        f"{where(results['machine'])}):\n\n{table(head, rows)}"
+    )
+
+
 # Results, what to call them, the figure, published figures of DFA and of backprop.
 TRAINED = [
     ("train-digits", "digits, MLP", "error", "-"),
@@ -249,6 +276,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "step": step,
     "memory": memory,
     "kernels": kernels,
+    "kinds": kinds,
     "train": train,
     "step-cuda": step_cuda,
     "kernels-cuda": kernels_cuda,

@@ -77,7 +77,7 @@ class Case(NamedTuple):
 
 SWEEP = [
     Case("MLP 4x1024 / 256", "mlp", 4, 1024, 256),
-    Case("CNN 3x32 / 128", "cnn", 3, 32, 128),
+    Case("CNN 2x96 / 128", "cnn", 2, 96, 128, "relu"),
     Case("ResNet-20 / 128, per block", "resnet20", 9, 16, 128, "relu"),
     Case("transformer 4x128 / 32, norm first, per block", "transformer", 4, 128, 32, "gelu"),
     Case("transformer 4x128 / 32, norm last, per block", "encoder", 4, 128, 32, "gelu", BLOCKS),

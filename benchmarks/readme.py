@@ -77,30 +77,37 @@ def kernels() -> str:
     )
 
 
-def kinds() -> str:
-    """Every kind of network beside the bound of its operations."""
-    results = read("kinds")
+def kinds_table(results: dict[str, Any]) -> str:
+    """Speed of a step of every kind of network beside its bound."""
+    names = ["limit", "backprop compiled", "fastdfa compiled", "fastdfa, torch.mm", "fastdfa"]
     rows = []
     for row in results["rows"]:
-        speed = {name: 1 / value["median"] for name, value in row["to_backprop"].items()}
-        names = ["limit", "fastdfa, torch.mm", "fastdfa", "backprop compiled", "fastdfa compiled"]
+        speed = [median(row["to_backprop"], name, inverse) for name in names]
+        of_bound = 1 / row["to_backprop"]["fastdfa"]["median"] / row["bound"]
         memory = f"{row['peak_mib']['fastdfa']:.1f} / {row['peak_mib']['backprop']:.1f}"
-        rows.append(
-            [
-                row["case"],
-                times(row["bound"]),
-                *(times(speed[name]) if name in speed else "-" for name in names),
-                f"{speed['fastdfa'] / row['bound']:.2f}",
-                f"{speed['fastdfa'] / speed['limit']:.2f}",
-                memory,
-            ]
-        )
-    head = ["network / batch", "bound", "limit", "fastdfa, `torch.mm`", "**fastdfa**"]
-    head += ["backprop, compiled", "fastdfa, compiled", "of bound", "of limit"]
-    head += ["peak MiB, fastdfa / backprop"]
+        rows.append([row["case"], times(row["bound"]), *speed, f"{of_bound:.2f}", memory])
+    head = ["network / batch", "bound", "limit", "backprop, compiled", "fastdfa, compiled"]
+    head += ["fastdfa, `torch.mm`", "**fastdfa**", "of the bound"]
+    return table([*head, "peak MiB, fastdfa / backprop"], rows)
+
+
+def kinds() -> str:
+    results = read("kinds")
     return (
         "Speed of a training step, eager backprop = 1 (float32; medians of interleaved rounds; "
-        f"{where(results['machine'])}):\n\n{table(head, rows)}"
+        f"{where(results['machine'])}):\n\n{kinds_table(results)}"
+    )
+
+
+def kinds_cuda() -> str:
+    if not measured("kinds-cuda"):
+        return "Kinds of network: not measured on a GPU yet."
+    results = read("kinds-cuda")
+    machine = results["machine"]
+    return (
+        "Training steps of every kind of network on a GPU, eager backprop = 1 (float32, "
+        f"convolutions in tf32 on both sides; {machine['gpu']}, CUDA {machine['cuda']}, PyTorch "
+        f"{machine['torch']}, {machine['date']}):\n\n{kinds_table(results)}"
     )
 
 
@@ -280,6 +287,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "train": train,
     "step-cuda": step_cuda,
     "kernels-cuda": kernels_cuda,
+    "kinds-cuda": kinds_cuda,
 }
 
 

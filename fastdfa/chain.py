@@ -25,10 +25,7 @@ def computed(layer: nn.Module, x: Tensor) -> Tensor | None:
     tape = state.tape
     if tape is None or tape.chain is None or tape.tapped is not None:
         return None
-    output = tape.chain.take(layer, x) if torch.is_grad_enabled() else None
-    if output is not None:
-        tape.newest = tape.chain
-    return output
+    return tape.chain.take(layer, x) if torch.is_grad_enabled() else None
 
 
 def begin(layer: nn.Module, x: Tensor) -> Tensor | None:

@@ -75,7 +75,8 @@ class StreamingStep:
         Raises:
             TypeError, ValueError, RuntimeError: before anything is updated, for all that an
                 ordinary step refuses, and for gradients that are there already, inputs that require
-                grad or are modified in place, a loss that reaches into the model, a model called
+                grad or are modified in place, a loss that reaches into the model (looked for
+                in the first step alone: it must not begin to later), a model called
                 never or twice, inside `backprop`, `no_grad` or `DistributedDataParallel`. In the
                 middle of the step, where the second pass reads other points than the first, or
                 where the optimizer or a layer's backward fails: some layers are updated then.

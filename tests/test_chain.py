@@ -258,10 +258,13 @@ class Used(nn.Module):
             with torch.no_grad():
                 h = b(a(x))
             return self.head(c(h))
-        if self.how == "in turns another pass":
+        self.odd = not getattr(self, "odd", False)
+        if self.how == "in turns fewer layers":
+            return self.head(b(a(x)) if self.odd else c(b(a(x))))
+        if self.how == "in turns one tensor or two":
             h = a(x)
-            self.odd = not getattr(self, "odd", False)
-            return self.head(b(h) + c(h.clone() if self.odd else h))
+            between = c(self.norm(h))
+            return self.head(b(h) + between + d(h.clone() if self.odd else h))
         h = a(x)  # "two passes"
         self.layers(x)
         return self.head(c(b(h)))
@@ -270,7 +273,7 @@ class Used(nn.Module):
 USES = [
     "stops early", "skips a layer", "twice", "changed between", "normalised between",
     "an output of two readers", "read by another first", "under no_grad", "two passes",
-    "in turns another pass",
+    "in turns fewer layers", "in turns one tensor or two",
 ]  # fmt: skip
 
 
@@ -280,9 +283,10 @@ def test_layers_that_are_called_by_hand(how):
     other = one_by_one(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for _ in range(2):
+        for _ in range(4):
+            other._plan = None
             y, expected = step(model, X, G), step(other, X, G)
-    assert_close(y, expected)
+            assert_close(y, expected)
     assert model.feedback_points == other.feedback_points
     for (name, a), b in zip(gradients(model).items(), gradients(other).values(), strict=True):
         assert (a is None) == (b is None), name
@@ -331,23 +335,70 @@ def test_a_skip_round_a_chain_is_refused():
         fastdfa.DFA(Skip().double())(X)
 
 
-@pytest.mark.parametrize("what", ["output", "input"])
-def test_a_modification_in_place_is_refused(what):
+def test_the_true_gradient_of_an_output_is_that_of_its_layer():
+    """Of a chain the warning names the one layer whose output reaches the end."""
+
+    class Reaches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.norm = mlp(WIDTHS).module, nn.LayerNorm(8).double()
+
+        def forward(self, x):
+            hidden = [x]
+            for layer in self.layers:
+                hidden.append(layer(hidden[-1]))
+            return hidden[-1] + self.norm(hidden[2]).sum(-1, keepdim=True)
+
+    with pytest.warns(UserWarning, match="trains 'layers.1', 'layers.3', 'norm'"):
+        fastdfa.DFA(Reaches(), feedback=RULE, allow_bypass=True)(X)
+
+
+@pytest.mark.parametrize("passes_before", [0, 1])
+@pytest.mark.parametrize("what", ["output", "output without autograd", "input"])
+def test_a_modification_in_place_is_refused(what, passes_before):
     class Modifies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.passes = mlp(WIDTHS).module, 0
+
+        def forward(self, x):
+            first, *rest = self.layers
+            h = first(x)
+            self.passes += 1
+            if self.passes > passes_before:
+                with torch.set_grad_enabled(what == "output"):
+                    (x if what == "input" else h).mul_(2)
+            for layer in rest:
+                h = layer(h)
+            return h
+
+    model = fastdfa.DFA(Modifies(), feedback=RULE)
+    for _ in range(passes_before):
+        step(model, X.clone(), G)
+    with pytest.raises(RuntimeError, match=r"modified|in-?place"):
+        step(model, X.clone(), G)
+
+
+def test_the_features_of_a_point_stay():
+    """Of a sequence that is fed flattened, under an error of one row a sample."""
+
+    class Mean(nn.Module):
         def __init__(self):
             super().__init__()
             self.layers = mlp(WIDTHS).module
 
         def forward(self, x):
-            first, *rest = self.layers
-            h = first(x)
-            (h if what == "output" else x).mul_(2)
-            for layer in rest:
-                h = layer(h)
-            return h
+            return self.layers(x).mean(1)
 
-    with pytest.raises(RuntimeError, match=r"modified|in-?place"):
-        step(fastdfa.DFA(Modifies(), feedback=RULE), X.clone(), G)
+    model = fastdfa.DFA(Mean(), feedback=RULE)
+    other = one_by_one(model)
+    for _ in range(2):
+        x = randn(6, 4, 5)
+        step(model, x, G), step(other, x, G)
+        for a, b in zip(gradients(model).values(), gradients(other).values(), strict=True):
+            assert_close(a, b)
+    with pytest.raises(ValueError, match=r"expected 48 features .* got 36"):
+        model(randn(6, 3, 5))
 
 
 @pytest.mark.parametrize("watch", ["hook", "retain_grad"])
@@ -362,12 +413,15 @@ def test_a_gradient_that_is_watched_is_made(watch):
         def forward(self, x):
             for i, layer in enumerate(self.layers):
                 x = layer(x)
-                if i == 1:
+                if i == 1 and self.watching:
                     x.register_hook(seen.append) if watch == "hook" else x.retain_grad()
                     self.h = x
             return x
 
     model = fastdfa.DFA(Watched(), feedback=RULE)
+    model.module.watching = False
+    step(model, X, G)
+    model.module.watching = True
     for _ in range(2):
         model.zero_grad()
         step(model, X, G)
@@ -473,6 +527,7 @@ def test_a_plan_serves_no_other_pass():
         x, g = randn(rows, 5, seed=rows), randn(rows, 3, seed=rows + 1)
         step(model, x, g)
         assert_close(gradients(model), expected_gradients(model, x, g))
+    step(model, X, G)
     state = model.state_dict() | {"seed": torch.tensor(77)}
     model.load_state_dict(state)
     model.zero_grad()
@@ -485,8 +540,9 @@ def test_a_plan_serves_no_other_pass():
                                                 model.feedback_matrix("3")])  # fmt: skip
     expected["1.weight"] = expected["1.bias"] = None
     assert_close(gradients(model), expected)
-    model.feedback = fastdfa.Feedback(seed=1, scale=2.0)
     model.module[1].requires_grad_(True)
+    step(model, X, G)
+    model.feedback = fastdfa.Feedback(seed=1, error="sum")
     model.zero_grad()
     copied = fastdfa.DFA(copy.deepcopy(model.module), feedback=model.feedback)
     copied.load_state_dict(model.state_dict())

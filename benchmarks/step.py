@@ -340,7 +340,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("speed of a training step, eager backprop = 1")
     axes.set_ylabel("depth x width / batch")
-    axes.legend(loc="upper right", fontsize=8)
+    axes.legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -7,6 +7,8 @@ not, it computes on its own: what was computed ahead is at worst wasted, never w
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -50,6 +52,7 @@ def _run(
 ) -> tuple[list[nn.Module], list[Gate]]:
     """The layers from `first` on whose output goes straight into another, and their gates.
 
+    An `nn.Identity` between them, as `convert` leaves for an activation, passes it on as it is.
     As many as the workspace holds: their deltas exist at a time, and their activations are freed
     together. Where one layer fills it, Python between layers costs nothing that counts.
     """
@@ -60,7 +63,8 @@ def _run(
     row_bytes = x.dtype.itemsize * (x.numel() // max(width, 1))
     room = plan.workspace(x.device)
     layers, gates = [], []
-    for layer, reader in zip(modules[place:], modules[place + 1 :], strict=False):
+    modules = [module for module in modules[place:] if type(module) is not nn.Identity]
+    for layer, reader in pairwise(modules):
         if type(layer) is not kind or type(reader) is not kind:
             break
         weight, gate = _ready(layer)

@@ -101,6 +101,25 @@ def test_a_chain_in_a_chain_of_blocks(chains):
     assert model.feedback_points == ["2.0", "2.1", "2.2", "2.3", "4"]
 
 
+def test_a_converted_network_is_a_chain(chains):
+    """Though an nn.Identity stands where each activation was; a hook may make it something else."""
+    torch.manual_seed(0)
+    sizes = ((5, 8), (8, 7), (7, 6))
+    layers = [module for n, m in sizes for module in (nn.Linear(n, m), nn.Tanh())]
+    plain = nn.Sequential(*layers, nn.Linear(6, 3)).double()
+    model = fastdfa.convert(plain, feedback=RULE)
+    other = one_by_one(model)
+    step(model, X, G), step(other, X, G)
+    same_gradients(model, other)
+    for each in (model, other):
+        each.module[3].register_forward_hook(lambda module, args, h: 2 * h)
+    y, expected = step(model, X, G), step(other, X, G)
+    assert_close(y, expected)
+    for a, b in zip(gradients(model).values(), gradients(other).values(), strict=True):
+        assert_close(a, b)
+    assert chains == [3, 3]
+
+
 def test_as_many_layers_as_the_workspace_holds(chains, monkeypatch):
     monkeypatch.setitem(plan.WORKSPACE_BYTES, "cpu", 6 * 16 * 8)
     model = mlp([5, 8, 8, 8, 8, 8, 17, 8, 8, 3])

@@ -88,7 +88,8 @@ def key(units: list[Point | Chain], y: Tensor) -> tuple[Any, ...] | None:
             if any(map(_watched, unit.outputs)):
                 return None
             h = unit.saved[0]
-            parts.append((unit.layers[0], *unit.readers, *unit.gates, h.shape, h.dtype, h.device))
+            parts.append((unit.layers[0], *unit.readers, *unit.gates, h.dtype, h.device))
+            parts += [h.shape for h in unit.saved]
             continue
         x, target = unit.tensor, unit.target
         if _watched(x):

@@ -535,6 +535,20 @@ def test_under_autocast(chains):
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_may_not_change_its_width(layer):
+    """Of any layer of a chain: B has a fixed size, whatever plan was kept."""
+    model = mlp(WIDTHS)
+    step(model, X, G)
+    first, second = model.module[layer], model.module[layer + 1]
+    width = len(first.weight)
+    first.weight = nn.Parameter(first.weight[:-1].detach())
+    first.bias = nn.Parameter(first.bias[:-1].detach())
+    second.weight = nn.Parameter(second.weight[:, :-1].detach())
+    with pytest.raises(ValueError, match=f"expected {width} features .* got {width - 1}"):
+        model(X)
+
+
 # The plan of a forward pass -------------------------------------------------------------------
 
 

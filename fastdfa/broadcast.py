@@ -96,7 +96,7 @@ class Broadcast(torch.autograd.Function):
         e = as_matrix(error)
         # The identity's gate reads nothing: an expanded scalar gives shape and dtype.
         blank = e.new_empty((), dtype=group.dtype)
-        products, bias_sums = _products(
+        made, bias_sums = products(
             group,
             e,
             tensors[:first],
@@ -106,7 +106,7 @@ class Broadcast(torch.autograd.Function):
         )
         grads: list[Tensor | None] = [None] * first
         needs = ctx.needs_input_grad[2 + first :]
-        weight_grads = _weight_gradients(group.affine, products, saved, inputs, needs[2::4])
+        weight_grads = _weight_gradients(group.affine, made, saved, inputs, needs[2::4])
         for layer, (affine, h, dtype) in enumerate(
             zip(group.affine, saved, ctx.bias_dtypes, strict=True)
         ):
@@ -115,8 +115,7 @@ class Broadcast(torch.autograd.Function):
                 bias_grad = affine.bias_gradient(bias_sums[layer], h).to(dtype)
             grads += [None, None, weight_grads[layer], bias_grad]
         for token, index in zip(tokens, group.token_projection, strict=True):
-            product = products[layers + index]
-            grads.append(group.projections[index].shaped(product, token.shape))
+            grads.append(group.projections[index].shaped(made[layers + index], token.shape))
         return None, error, *grads
 
 
@@ -212,7 +211,7 @@ class _Announced:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The deltas [M, n_l] of the layers of a chain that are fed, and their sums."""
         saved = [as_matrix(h) for h in saved[: len(group.fused)]]
-        return _products(group, self.error, dense, group.fused, saved)
+        return products(group, self.error, dense, group.fused, saved)
 
 
 class _InTurn:
@@ -267,7 +266,7 @@ class _InTurn:
         target = self.group.projections[index]
         target = target if kind is None else target._replace(kind=kind)
         dense = self.dense[index : index + 1] if len(self.dense) > 1 else self.dense
-        (delta,), (sums,) = _products(self.group, self.error, dense, [target], [saved])
+        (delta,), (sums,) = products(self.group, self.error, dense, [target], [saved])
         return delta, sums
 
 
@@ -289,7 +288,7 @@ class Send(torch.autograd.Function):
         return error, None if error is None else error.to(ctx.device)
 
 
-def _products(
+def products(
     group: Group,
     e: Tensor,
     dense: Sequence[Tensor],

@@ -67,7 +67,7 @@ def _run(
     for layer, reader in pairwise(modules):
         if type(layer) is not kind or type(reader) is not kind:
             break
-        weight, gate = _ready(layer)
+        weight, gate = ready(layer)
         if gate is None or (weight.dtype, weight.device) != memory or weight.shape[1] != width:
             break
         width = weight.shape[0]
@@ -79,15 +79,22 @@ def _run(
     return layers, gates
 
 
-def _ready(layer: nn.Module) -> tuple[Tensor | None, Gate | None]:
-    """Weight and gate of a layer that may be computed ahead of its call: no hook waits for it."""
-    of = layer.__dict__  # by far quicker than the attributes
+def hooked(module: nn.Module) -> bool:
+    """Whether something waits for a call of this module, or stands in its place."""
+    of = module.__dict__  # by far quicker than the attributes
     if of["_forward_hooks"] or of["_forward_pre_hooks"]:
-        return None, None
+        return True
     if of["_backward_hooks"] or of["_backward_pre_hooks"]:
+        return True
+    return "forward" in of or of.get("_compiled_call_impl") is not None
+
+
+def ready(layer: nn.Module) -> tuple[Tensor | None, Gate | None]:
+    """Weight and gate of a layer that may be computed without its call; None where it may not, or
+    where it has no gate."""
+    if hooked(layer):
         return None, None
-    if "forward" in of or of.get("_compiled_call_impl") is not None:
-        return None, None
+    of = layer.__dict__
     weight, bias = of["_parameters"].get("weight"), of["_parameters"].get("bias")
     if type(weight) is not nn.Parameter or not weight.requires_grad:
         return None, None
@@ -97,12 +104,16 @@ def _ready(layer: nn.Module) -> tuple[Tensor | None, Gate | None]:
     return weight, gate if gate is not None and gate.from_output else None
 
 
+def in_dtype_of_autocast(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Input and weights as autocast would cast them for `F.linear`."""
+    dtype = autocast_dtype(x)
+    return (x, weights) if dtype is None else (x.to(dtype), [w.to(dtype) for w in weights])
+
+
 def _compute(layers: list[nn.Module], gates: list[Gate], x: Tensor) -> Chain:
     weights = [layer._parameters["weight"] for layer in layers]
     biases = [layer._parameters.get("bias") for layer in layers]
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+    x, weights = in_dtype_of_autocast(x, weights)
     with torch.no_grad():
         kinds, params = zip(*gates, strict=True)
         saved = ops.linear_chain(as_matrix(x), weights, biases, kinds, params)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import feedback as feedback_rules
-from . import fsdp, graph, ops, plan
+from . import fsdp, graph, network, ops, plan
 from .broadcast import Broadcast, BroadcastInTurn, Group, Send, Target, announce
 from .feedback import DenseCache, Feedback, Source
 from .ops.reference import accumulation_dtype
@@ -22,8 +22,8 @@ from .tape import Chain, Point, Receiver, Tape, state
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 _MADE_AGAIN = (
-    "_layout", "_scales", "_streams", "_cache", "_seed_version", "_plan", "_names",
-    "_in_sequentials",
+    "_layout", "_scales", "_streams", "_cache", "_seed_version", "_plan", "_network",
+    "_names", "_in_sequentials",
 )  # fmt: skip
 
 
@@ -62,6 +62,12 @@ class DFA(nn.Module):
             Nothing is cut after it: what follows trains by backprop. There is one error: a model
             of several heads concatenates their outputs in a submodule, which is named here.
         allow_bypass: accept paths that carry feedback past a cut, such as `h + layer(h)`.
+        direct_gradients: where `module` is an nn.Sequential of fastdfa.Linear whose hidden
+            activations fit the workspace (4 MiB on the CPU, 32 MiB on CUDA), backward writes
+            `.grad` itself, round autograd's accumulation, which takes 3 us a parameter. Then
+            `torch.autograd.grad` finds no parameter, `backward(inputs=...)` cannot leave any out,
+            and several processes (DistributedDataParallel, FSDP) are refused. A network with hooks
+            on gradients of parameters trains as without this option.
 
     Buffers: `seed`, int64: the one source of randomness of B. It is in the checkpoint, B is not.
         The host reads it only after it was written. DistributedDataParallel writes it in every
@@ -74,6 +80,7 @@ class DFA(nn.Module):
     """
 
     seed: Tensor
+    looks_ahead = True  # whether layers may be computed ahead of their calls, or without them
 
     def __init__(
         self,
@@ -81,6 +88,7 @@ class DFA(nn.Module):
         feedback: Feedback | str | None = None,
         output: str | None = None,
         allow_bypass: bool = False,
+        direct_gradients: bool = False,
     ) -> None:
         super().__init__()
         _check_module(module, output)
@@ -88,6 +96,7 @@ class DFA(nn.Module):
         self.feedback = feedback_rules.make(feedback)
         self.output = output
         self.allow_bypass = allow_bypass
+        self.direct_gradients = direct_gradients
         seed = self.feedback.seed
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
@@ -110,11 +119,17 @@ class DFA(nn.Module):
             return self.module(*args, **kwargs)
         if state.streaming is not None and state.streaming.root is self:
             return state.streaming.forward(args, kwargs)
+        whole = network.find(self, args, kwargs)
+        if whole is not None and self._network is not None and self._network.key == whole.key:
+            return network.forward(whole, self._network, *args)
         sharded = not torch.compiler.is_compiling() and fsdp.watch_sharded_blocks(self.module)
         inputs = [x for x in tree_leaves((args, kwargs)) if _requires_grad(x)]
         tape = Tape(self, inputs, self._install_tap())
-        tape.looks_ahead = not sharded  # the weights of a layer are there when it is called
-        return self._run(tape, args, kwargs)
+        # The weights of a sharded layer are there when it is called.
+        tape.looks_ahead = self.looks_ahead and not sharded
+        y = self._run(tape, args, kwargs)
+        self._network = None if whole is None else network.planned(whole, tape, self._plan)
+        return y
 
     def _run(self, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's output, of a forward pass that writes on this tape."""
@@ -153,7 +168,7 @@ class DFA(nn.Module):
             matrix = ops.feedback(
                 self._layout.classes,
                 features,
-                seed=self._read_seed(self._key),
+                seed=self.read_seed(),
                 stream=self.feedback.stream(name),
                 distribution=self.feedback.distribution,
                 dtype=accumulation_dtype(dtype),
@@ -172,7 +187,7 @@ class DFA(nn.Module):
         """Returns y with the backward of DFA behind it."""
         check_output(y, self.output)
         units = tape.in_order()
-        seed = self._read_seed(self._key)
+        seed = self.read_seed()
         if torch.compiler.is_compiling():  # a traced plan is part of the graph
             made = self._planned(tape, units, y, None, seed)
         else:
@@ -279,7 +294,7 @@ class DFA(nn.Module):
     ) -> Tensor:
         """Returns y, in the backward of which the error is fed to these points of a layout."""
         feeds = self._feeds(points, list(range(len(points))), settled, y, widest)
-        seed, classes = self._read_seed(self._key), index(y.shape[-1])
+        seed, classes = self.read_seed(), index(y.shape[-1])
         nodes = self._nodes(points, feeds, seed, classes, widest, in_turn)
         return self._fed(nodes, [point.receiver for point in points], y)
 
@@ -391,6 +406,9 @@ class DFA(nn.Module):
         source = Source(seed, stream, self.feedback.distribution, dtype, device)
         return (self._cache.get(source, classes, columns, channels_last),)
 
+    def read_seed(self) -> int:
+        return self._read_seed(self._key)
+
     @torch.compiler.assume_constant_result
     def _read_seed(self, key: int) -> int:
         """The seed, read from the buffer only when that was written: loaded, broadcast, moved.
@@ -406,7 +424,7 @@ class DFA(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._read_seed(self._key)
+        self.read_seed()
 
     # Names.
 
@@ -457,6 +475,7 @@ class DFA(nn.Module):
         self._cache = DenseCache()
         self._seed_version: tuple[Tensor, int] | None = None
         self._plan: plan.Plan | None = None
+        self._network: network.Planned | None = None
         self._find_names()
         self._install_tap()
 

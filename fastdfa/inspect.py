@@ -175,11 +175,11 @@ class _Sources:
             return fed(nodes, aliased, y)
 
         root._broadcast, root._fed = hooked_broadcast, hooked_fed
-        root.place = lambda layer: (None, 0)  # no chains: their layers share one node
+        root.looks_ahead = False  # layers of a chain share one node
         try:
             yield
         finally:
-            del root._broadcast, root._fed, root.place
+            del root._broadcast, root._fed, root.looks_ahead
 
     def _add(self, root: DFA, point: str | None) -> int:
         self.all.append(_Source(root, point))

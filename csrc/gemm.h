@@ -27,7 +27,7 @@ struct GemmParams {
 // blocks of fixed size, so the numbers do not depend on how many threads there are.
 struct GemmPlan {
   int64_t block_rows, block_columns;  // multiples of gemm_rows and gemm_columns
-  int64_t panel_a, panel_b;           // elements of the packed panels; no panel of an unpacked `a`
+  int64_t panel_b;                    // elements of the packed panel of b
   int64_t tasks;
 };
 
@@ -37,23 +37,21 @@ struct GemmTask {
 
 constexpr int64_t gemm_columns = 64;  // multiple of the width of every micro-kernel
 constexpr int64_t gemm_rows = 12;     // multiple of the height of every micro-kernel
-// A packed panel of b, [256, 256] of float, takes a quarter of an L2 cache of 1 MB; of a, 96 KB.
-// Twice as wide a panel was no faster, and twice the scratch.
-constexpr int64_t gemm_depth = 256, gemm_most_columns = 256, gemm_packed_rows = 96;
+// A packed panel of b, [256, 256] of float, takes a quarter of an L2 cache of 1 MB. Twice as wide a
+// panel was no faster, and twice the scratch.
+constexpr int64_t gemm_depth = 256, gemm_most_columns = 256;
 
 FASTDFA_INLINE int64_t gemm_tasks(const GemmProblem& g, const GemmPlan& plan) {
   return ceil_div(g.rows, plan.block_rows) * ceil_div(g.columns, plan.block_columns);
 }
 
 FASTDFA_INLINE GemmPlan plan_gemm(const GemmParams& p, int64_t threads) {
-  // Each task packs its own panels, so blocks are as large as threads leave them: columns are split
+  // Each task packs its own panel, so blocks are as large as threads leave them: columns are split
   // first, as packing b, which may have to be transposed, is what costs.
   int64_t rows = 1, columns = 1, depth = 1;
-  bool packed = false;
   for (int64_t i = 0; i < p.count; ++i) {
     const GemmProblem& g = p.problems[i];
     rows = max(rows, g.rows), columns = max(columns, g.columns), depth = max(depth, g.depth);
-    packed = packed || g.a_column != 1;
   }
   depth = min(depth, gemm_depth);
   GemmPlan plan{};
@@ -61,7 +59,6 @@ FASTDFA_INLINE GemmPlan plan_gemm(const GemmParams& p, int64_t threads) {
   for (;;) {
     plan.block_rows = round_up(ceil_div(rows, row_parts), gemm_rows);
     plan.block_columns = round_up(ceil_div(columns, column_parts), gemm_columns);
-    plan.panel_a = packed ? depth * min(plan.block_rows, gemm_packed_rows) : 0;
     plan.panel_b = depth * plan.block_columns;
     plan.tasks = 0;
     for (int64_t i = 0; i < p.count; ++i) plan.tasks += gemm_tasks(p.problems[i], plan);
@@ -89,9 +86,9 @@ FASTDFA_INLINE GemmTask find_gemm_task(const GemmParams& p, const GemmPlan& plan
   }
 }
 
-// Elements that one thread needs: the packed panels of b and a, and a tile of the product.
+// Elements that one thread needs: the packed panel of b, and a tile of the product.
 FASTDFA_INLINE int64_t gemm_scratch(const GemmPlan& plan) {
-  return round_up(plan.panel_b + plan.panel_a + gemm_rows * gemm_columns, 64);
+  return round_up(plan.panel_b + gemm_rows * gemm_columns, 64);
 }
 
 }  // namespace fastdfa

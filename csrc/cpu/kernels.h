@@ -1,5 +1,5 @@
 // The entry points of the kernel files, one set for each capability. Ranges are of tasks (the plan
-// of each op says of what) or, for activate, of elements.
+// of each op says of what) or, for activate, of elements, for linear_chain, of rows.
 #pragma once
 
 #include "../activate.h"
@@ -20,6 +20,7 @@ namespace fastdfa {
   void sum_chunks(const SumChunksParams& p);                                                       \
   void activate(const ActivateParams& p, int64_t begin, int64_t end);                              \
   void gemm(const GemmParams& p, const GemmPlan& plan, int64_t begin, int64_t end, void* scratch); \
+  void linear_chain(const GemmParams& p, int64_t begin, int64_t end, void* scratch);               \
   }
 FASTDFA_DECLARE_KERNELS(baseline)
 FASTDFA_DECLARE_KERNELS(avx2)
@@ -33,12 +34,13 @@ struct CpuKernels {
   decltype(baseline::sum_chunks)* sum_chunks;
   decltype(baseline::activate)* activate;
   decltype(baseline::gemm)* gemm;
+  decltype(baseline::linear_chain)* linear_chain;
 };
 
 #define FASTDFA_KERNELS(capability)                                                                \
   CpuKernels {                                                                                     \
     capability::fill_feedback, capability::project_gate, capability::gate, capability::sum_chunks, \
-        capability::activate, capability::gemm                                                     \
+        capability::activate, capability::gemm, capability::linear_chain                           \
   }
 
 inline const CpuKernels& cpu_kernels(Capability capability) {

@@ -126,46 +126,20 @@ void multiply(const OpCall& call, ScalarType type, const std::vector<GemmProblem
   });
 }
 
-// With so many rows a thread that packs all weights of a chain spends a fifth of its time on that.
-constexpr int64_t fewest_chain_rows = 24;
-// Of a product that takes a thread about 40 us.
-constexpr int64_t small_multiplications = 1 << 21;
-
-// Rows `first` to `first + count` of a product.
-GemmProblem rows_of(GemmProblem g, int64_t first, int64_t count, int64_t element_size) {
-  g.a = static_cast<const char*>(g.a) + first * g.a_row * element_size;
-  g.c = static_cast<char*>(g.c) + first * g.c_row * element_size;
-  g.rows = count;
-  return g;
-}
-
-// Products each of which reads the result of the one before. Where each is small, a thread makes
-// its rows of all of them: one wait for the others instead of one a product, some 10 us.
+// Products each of which reads the result of the one before.
 void multiply_chain(const OpCall& call, ScalarType type, const std::vector<GemmProblem>& problems) {
-  int64_t most = 0;
-  for (const GemmProblem& g : problems) most = max(most, multiplications_of(g));
-  const int64_t rows = problems.empty() ? 0 : problems[0].rows;
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t parts = min(threads, rows / fewest_chain_rows);
-  if (parts <= 1 || most > small_multiplications * parts) {
+  const GemmParams p{problems.data(), static_cast<int64_t>(problems.size()),
+                     type == ScalarType::Double ? DType::float64 : DType::float32};
+  if (!chain_by_rows(p, static_cast<int64_t>(torch::stable::get_num_threads()))) {
     for (const GemmProblem& g : problems) multiply(call, type, {g});
     return;
   }
-  const bool wide = type == ScalarType::Double;
-  const auto plan_of = [&](const GemmProblem& g) {
-    const GemmParams p{&g, 1, wide ? DType::float64 : DType::float32};
-    return std::pair(p, plan_gemm(p, 1));
-  };
-  int64_t elements = 0;
-  for (const GemmProblem& g : problems) elements = max(elements, gemm_scratch(plan_of(g).second));
-  const Scratch scratch(call, type, elements);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = rows * begin / parts, count = rows * end / parts - first;
-    for (const GemmProblem& whole : problems) {
-      const GemmProblem g = rows_of(whole, first, count, wide ? 8 : 4);
-      const auto [p, plan] = plan_of(g);
-      kernels().gemm(p, plan, 0, plan.tasks, scratch.of_this_thread());
-    }
+  int64_t multiplications_of_a_row = 0;
+  for (const GemmProblem& g : problems) multiplications_of_a_row += g.columns * g.depth;
+  const Scratch scratch(call, type, chain_scratch(p));
+  const int64_t grain = max(chain_rows, grain_multiplications / max(multiplications_of_a_row, 1));
+  torch::stable::parallel_for(0, problems[0].rows, grain, [&](int64_t begin, int64_t end) {
+    kernels().linear_chain(p, begin, end, scratch.of_this_thread());
   });
 }
 

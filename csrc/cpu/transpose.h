@@ -37,11 +37,12 @@ template <class T> FASTDFA_INLINE void transpose(Vec<T> (&rows)[Vec<T>::size]) {
   if constexpr (Vec<T>::size > 8) transpose_stage<8>(rows);
 }
 
-// target[k * target_row + j] = source[j * source_row + k] for k < depth and j < one vector's size;
-// zero for j >= count, which may be negative.
-template <class T>
+// target[k * target_row + j] = source[j * source_row + k] for k < depth and j in the lanes that are
+// written; zero for j >= count, which may be negative.
+template <class T, class Lanes = AllLanes>
 FASTDFA_INLINE void transpose_strip(const T* source, int64_t source_row, int64_t count,
-                                    int64_t depth, T* target, int64_t target_row) {
+                                    int64_t depth, T* target, int64_t target_row,
+                                    Lanes written = {}) {
   using V = Vec<T>;
   for (int64_t k = 0; k < depth; k += V::size) {
     const FirstLanes lanes{min(V::size, depth - k)};
@@ -54,7 +55,8 @@ FASTDFA_INLINE void transpose_strip(const T* source, int64_t source_row, int64_t
                                          : load(source + j * source_row + k, lanes);
     }
     transpose(rows);
-    for (int64_t i = 0; i < lanes.count; ++i) store(target + (k + i) * target_row, rows[i]);
+    for (int64_t i = 0; i < lanes.count; ++i)
+      store(target + (k + i) * target_row, rows[i], written);
   }
 }
 

@@ -1,5 +1,6 @@
-// gemm against a plain loop in double, over awkward sizes, both ways that operands lie in memory,
-// and every number of threads; operands and results end at pages that may not be touched.
+// gemm and linear_chain against a plain loop in double, over awkward sizes, both ways that operands
+// lie in memory, and every number of threads; operands and results end at pages that may not be
+// touched.
 #include <vector>
 
 #include "check.h"
@@ -89,6 +90,43 @@ static void run(const CpuKernels& kernels, const char* capability, const std::ve
   }
 }
 
+// Layers by rows, in parts, have the bits of one product after the other.
+template <class T>
+static void run_chain(const CpuKernels& kernels, const char* capability, int64_t rows,
+                      const std::vector<int64_t>& widths, bool x_transposed, double tolerance) {
+  std::vector<Product<T>> products;
+  std::vector<GemmProblem> problems;
+  for (size_t l = 0; l + 1 < widths.size(); ++l)
+    products.emplace_back(Case{rows, widths[l + 1], widths[l], l == 0 && x_transposed, true,
+                               l % 2 == 0, l % 2 ? Activation::tanh : Activation::leaky_relu},
+                          1000 * int64_t(l));
+  for (Product<T>& product : products) {
+    if (!problems.empty()) product.g.a = problems.back().c, product.g.a_row = problems.back().c_row;
+    problems.push_back(product.g);
+  }
+  const DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
+  const GemmParams p{problems.data(), int64_t(problems.size()), dtype};
+  Guarded<T> scratch(chain_scratch(p));
+  for (int64_t parts : {1, 2, 5}) {
+    for (int64_t part = parts; part-- > 0;)
+      kernels.linear_chain(p, rows * part / parts, rows * (part + 1) / parts, scratch.data());
+    for (Product<T>& product : products) {
+      std::vector<double> got;
+      for (int64_t i = 0; i < product.result.size(); ++i) got.push_back(double(product.result[i]));
+      const GemmParams one{&product.g, 1, dtype};
+      const GemmPlan plan = plan_gemm(one, 1);
+      Guarded<T> panel(gemm_scratch(plan));
+      kernels.gemm(one, plan, 0, plan.tasks, panel.data());
+      for (int64_t i = 0; i < product.result.size(); ++i)
+        CHECK(double(product.result[i]) == got[i] ||
+                  (std::isnan(got[i]) && std::isnan(double(product.result[i]))),
+              "%s: chain of %d rows, %d parts: other bits at %d", capability, int(rows), int(parts),
+              int(i));
+    }
+    products[0].check(capability, tolerance);
+  }
+}
+
 int main() {
   const auto none = Activation::identity;
   const std::vector<Case> alone[] = {
@@ -110,6 +148,12 @@ int main() {
     for (const auto& cases : alone) {
       run<float>(kernels, name, cases, 1e-6);
       run<double>(kernels, name, cases, 1e-14);
+    }
+    for (int64_t rows : {0, 1, 15, 64, 100}) {
+      for (bool transposed : {false, true}) {
+        run_chain<float>(kernels, name, rows, {33, 17, 65, 1, 130}, transposed, 1e-6);
+        run_chain<double>(kernels, name, rows, {300, 7, 260, 20}, transposed, 1e-14);
+      }
     }
     run<float>(kernels, name, together, 1e-6);
     run<double>(kernels, name, together, 1e-14);

@@ -86,6 +86,27 @@ FASTDFA_INLINE GemmTask find_gemm_task(const GemmParams& p, const GemmPlan& plan
   }
 }
 
+FASTDFA_INLINE int64_t gemm_multiplications(const GemmProblem& g) {
+  return g.rows * g.columns * max(g.depth, 1);
+}
+
+// The first task of a part, where the tasks, which differ in size, are cut in order into `parts` of
+// as many multiplications as can be.
+FASTDFA_INLINE int64_t gemm_first_task(const GemmParams& p, const GemmPlan& plan, int64_t part,
+                                       int64_t parts) {
+  int64_t total = 0, before = 0;
+  for (int64_t i = 0; i < p.count; ++i) total += gemm_multiplications(p.problems[i]);
+  for (int64_t index = 0; index < plan.tasks; ++index) {
+    const GemmTask task = find_gemm_task(p, plan, index);
+    const GemmProblem& g = p.problems[task.problem];
+    const int64_t size = min(plan.block_rows, g.rows - task.row) *
+                         min(plan.block_columns, g.columns - task.column) * max(g.depth, 1);
+    if ((2 * before + size) * parts >= 2 * part * total) return index;
+    before += size;
+  }
+  return plan.tasks;
+}
+
 // Elements that one thread needs: the packed panel of b, and a tile of the product.
 FASTDFA_INLINE int64_t gemm_scratch(const GemmPlan& plan) {
   return round_up(plan.panel_b + gemm_rows * gemm_columns, 64);

@@ -108,21 +108,20 @@ void activate_(Tensor x, std::optional<Tensor> bias, int64_t kind, double param)
 // Multiplications that are worth a thread of their own: some 5 us.
 constexpr int64_t grain_multiplications = 1 << 18;
 
-int64_t multiplications_of(const GemmProblem& g) { return g.rows * g.columns * g.depth; }
-
 // Independent products: tasks of all of them in one list.
 void multiply(const OpCall& call, ScalarType type, const std::vector<GemmProblem>& problems) {
   const GemmParams p{problems.data(), static_cast<int64_t>(problems.size()),
                      type == ScalarType::Double ? DType::float64 : DType::float32};
   int64_t multiplications = 0;
-  for (const GemmProblem& g : problems) multiplications += multiplications_of(g);
+  for (const GemmProblem& g : problems) multiplications += gemm_multiplications(g);
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const GemmPlan plan = plan_gemm(p, max(1, min(threads, multiplications / grain_multiplications)));
+  const int64_t parts = max(1, min(threads, multiplications / grain_multiplications));
+  const GemmPlan plan = plan_gemm(p, parts);
   if (plan.tasks == 0) return;
   const Scratch scratch(call, type, gemm_scratch(plan));
-  const int64_t grain = max(1, grain_multiplications * plan.tasks / max(multiplications, 1));
-  torch::stable::parallel_for(0, plan.tasks, grain, [&](int64_t begin, int64_t end) {
-    kernels().gemm(p, plan, begin, end, scratch.of_this_thread());
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    kernels().gemm(p, plan, gemm_first_task(p, plan, begin, parts),
+                   gemm_first_task(p, plan, end, parts), scratch.of_this_thread());
   });
 }
 

@@ -74,6 +74,15 @@ static void run(const CpuKernels& kernels, const char* capability, const std::ve
     const GemmPlan plan = plan_gemm(p, threads);
     CHECK(plan.block_columns <= gemm_most_columns, "a block of %d columns",
           int(plan.block_columns));
+    int64_t first_task = 0;
+    for (int64_t part = 0; part <= threads; ++part) {
+      const int64_t next = gemm_first_task(p, plan, part, threads);
+      CHECK(part > 0 ? next >= first_task : next == 0, "part %d begins at task %d", int(part),
+            int(next));
+      first_task = next;
+    }
+    CHECK(first_task == plan.tasks, "%d of %d tasks are shared out", int(first_task),
+          int(plan.tasks));
     Guarded<T> scratch(gemm_scratch(plan));
     // From the last task to the first, one by one: no task may need another.
     for (int64_t task = plan.tasks; task-- > 0;)

@@ -128,7 +128,8 @@ class DFA(nn.Module):
         # The weights of a sharded layer are there when it is called.
         tape.looks_ahead = self.looks_ahead and not sharded
         y = self._run(tape, args, kwargs)
-        self._network = None if whole is None else network.planned(whole, tape, self._plan)
+        if whole is not None:
+            self._network = network.planned(whole, tape, self._plan)
         return y
 
     def _run(self, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

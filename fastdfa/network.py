@@ -64,27 +64,29 @@ def find(root: DFA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | 
 
 
 def _layers(sequential: nn.Sequential, x: Tensor) -> Network | None:
+    """Hidden layers whose gates are known and a head without one, if that is all there is.
+
+    What does not fit together otherwise (widths, dtypes, devices) the ops refuse.
+    """
     layers, gates, key = [], [], []
-    width, features, gate = x.shape[-1], 0, None
+    features, gate = 0, None
     for module in sequential._modules.values():
-        if type(module) is nn.Identity and not hooked(module):
-            continue
-        if type(module) is not Linear or (layers and gate is None):
+        if type(module) is not Linear:
+            if type(module) is nn.Identity and not hooked(module):
+                continue
+            return None
+        if layers and gate is None:  # a layer behind the head
             return None
         weight, gate = ready(module)
-        if weight is None or weight.dtype != x.dtype or weight.device != x.device:
+        if weight is None:
             return None
-        if gate is None and module._modules.get("activation") is not None:
-            return None
-        if weight.shape[1] != width:
-            return None
-        width = weight.shape[0]
-        if gate is not None:
-            features += width
-            gates.append(gate)
         layers.append(module)
-        key += (module, gate, weight.shape, module._parameters.get("bias") is None)
-    if not gates or gate is not None:  # without a hidden layer, or without a head
+        shape = weight.shape
+        key += (module, gate, shape, module._parameters["bias"] is None)
+        if gate is not None:
+            gates.append(gate)
+            features += shape[0]
+    if not gates or gate is not None or layers[-1]._modules.get("activation") is not None:
         return None
     rows = x.numel() // max(x.shape[-1], 1)
     if rows * features * x.dtype.itemsize > plan.workspace(x.device):

@@ -1,0 +1,435 @@
+"""A network that is one chain goes round its layers from the second pass on (fastdfa/network.py):
+equal to the layers one by one, to the last bit, and only where nothing could notice."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from networks import RULE, assert_close, expected_gradients, gradients, mlp, randn, step
+from test_chain import one_by_one, same_gradients
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import fastdfa
+from fastdfa import plan
+
+X, G = randn(6, 5), randn(6, 3)
+WIDTHS = [5, 12, 8, 9, 3]
+
+
+def is_one_node(y):
+    return y.grad_fn.name() == "_NetworkBackward"
+
+
+def passed(model, x=X, g=G):
+    """Whether a pass of this model, after one like it, goes round the layers; both are right."""
+    other = one_by_one(model)
+    for _ in range(2):
+        model.zero_grad(), other.zero_grad()
+        y, expected = step(model, x, g), step(other, x, g)
+        assert torch.equal(y, expected)
+        same_gradients(model, other)
+    assert not is_one_node(expected)
+    return is_one_node(y)
+
+
+# What it computes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("bias", [True, False, [True, False, True, False]])
+def test_by_the_formulas(bias, direct):
+    model = mlp(WIDTHS, ["tanh", "relu", "sigmoid"], bias, direct_gradients=direct)
+    step(model, X, G)
+    for rows in (6, 1, 9):
+        model.zero_grad()
+        x, g = randn(rows, 5, seed=rows), randn(rows, 3, seed=rows + 1)
+        y = step(model, x, g)
+        assert y.grad_fn.name() == "_NetworkBackward"
+        assert_close(gradients(model), expected_gradients(model, x, g))
+    assert model.feedback_points == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(1,), (6,), (0,), (2, 3), (2, 1, 4)])
+def test_any_rows_and_dtypes(rows, dtype):
+    model = mlp(WIDTHS, ["tanh", "relu", "sigmoid"], dtype=dtype)
+    assert passed(model, randn(*rows, 5, dtype=dtype), randn(*rows, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("rule", [
+    fastdfa.Feedback(seed=1, shared=False), fastdfa.Feedback(seed=1, error="sum"),
+    fastdfa.Feedback(seed=1, dense=False), "tinydfa", "drtp",
+])  # fmt: skip
+def test_every_rule(rule):
+    torch.manual_seed(3)
+    assert passed(mlp(WIDTHS, feedback=rule))
+
+
+def test_an_input_of_any_strides():
+    model = mlp(WIDTHS)
+    assert passed(model, randn(5, 6).T)
+    assert passed(model, randn(12, 10)[::2, ::2])
+    assert passed(model, randn(1, 5).expand(6, 5))
+    y = model(X)
+    y.backward(torch.ones(1, 1, dtype=torch.float64).expand(6, 3))
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_under_autocast(direct):
+    model = mlp([5, 16, 16, 3], dtype=torch.float32, direct_gradients=direct)
+    other = one_by_one(model)
+    for _ in range(2):
+        for each in (model, other):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = each(X.float())
+            assert y.dtype == torch.bfloat16 and is_one_node(y) == (each is model and _ > 0)
+            (y * G).sum().backward()
+    same_gradients(model, other)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    model(X.float())
+    with torch.autocast("cpu", torch.float16):  # nor is one dtype's plan another's
+        assert not is_one_node(model(X.float()))
+
+
+def test_one_layer_twice():
+    layer = fastdfa.Linear(8, 8, activation="tanh")
+    first, head = fastdfa.Linear(5, 8, activation="tanh"), fastdfa.Linear(8, 3)
+    model = fastdfa.DFA(nn.Sequential(first, layer, layer, head).double(), feedback=RULE)
+    assert passed(model)
+    model.direct_gradients = True
+    assert passed(model)
+
+
+def test_a_converted_network():
+    plain = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3))
+    assert passed(fastdfa.convert(plain.double(), feedback=RULE))
+
+
+# Where the layers are called ------------------------------------------------------------------
+
+
+def hooked(of, method):
+    return lambda model: getattr(of(model), method)(lambda *args: None)
+
+
+def root_sequential(model):
+    return model.module
+
+
+def identity(model):
+    model.module.append(nn.Identity())
+    return model.module[-1]
+
+
+def patched(model):
+    layer = model.module[1]
+    layer.forward = lambda x: type(layer).forward(layer, x)
+
+
+def patched_sequential(model):
+    sequential = model.module
+    sequential.forward = lambda x: nn.Sequential.forward(sequential, x)
+
+
+def with_an_activated_head(model):
+    model.module[-1].activation = nn.Tanh()
+
+
+def with_a_gelu_head(model):
+    model.module[-1].activation = nn.GELU()
+
+
+def with_another_module(model):
+    model.module.insert(1, nn.LayerNorm(12).double())
+
+
+def with_two_heads_in_turn(model):
+    model.module.append(fastdfa.Linear(3, 3).double())
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing", "ignore:the output is a")
+@pytest.mark.parametrize("change", [
+    patched, patched_sequential, with_an_activated_head, with_a_gelu_head, with_another_module,
+    with_two_heads_in_turn,
+    lambda model: model.module[1].bias.requires_grad_(False),
+    lambda model: model.module[-1].weight.requires_grad_(False),
+    *[hooked(of, method)
+      for of in (root_sequential, identity, lambda m: m.module[0], lambda m: m.module[0].activation)
+      for method in ("register_forward_hook", "register_forward_pre_hook",
+                     "register_full_backward_hook", "register_full_backward_pre_hook")],
+])  # fmt: skip
+def test_what_turns_it_off(change):
+    model = mlp([5, 12, 8, 9, 3])
+    assert passed(model)
+    change(model)
+    for _ in range(2):
+        assert not is_one_node(step(model, X, G))
+
+
+def test_hooks_of_all_modules_are_called():
+    model, seen = mlp(WIDTHS), []
+    assert passed(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *args: seen.append(m))
+    try:
+        model(X)
+    finally:
+        handle.remove()
+    assert [layer in seen for layer in model.module] == [True] * 4
+    assert is_one_node(model(X))
+
+
+def test_an_input_with_a_gradient_has_one():
+    model = mlp(WIDTHS)
+    assert passed(model)
+    x = X.clone().requires_grad_()
+    step(model, x, G)
+    assert x.grad is not None
+
+
+def test_saved_tensor_hooks_see_every_tensor():
+    model, packed = mlp(WIDTHS), []
+    assert passed(model)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(1) or x, lambda x: x):
+        assert not is_one_node(step(model, X, G))
+    assert len(packed) > 6
+
+
+def test_only_what_the_workspace_holds(monkeypatch):
+    model = mlp(WIDTHS)
+    monkeypatch.setitem(plan.WORKSPACE_BYTES, "cpu", 6 * (12 + 8 + 9) * 8)
+    assert passed(model)
+    assert not passed(model, randn(7, 5), randn(7, 3))
+
+
+def test_backprop_and_no_grad():
+    model = mlp(WIDTHS)
+    assert passed(model)
+    with fastdfa.backprop(model):
+        assert not is_one_node(model(X))
+    with torch.no_grad():
+        assert model(X).grad_fn is None
+    assert is_one_node(model(X))
+
+
+def test_a_tap_and_a_subclass():
+    class Own(nn.Sequential):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layers = mlp(WIDTHS).module
+    assert not passed(fastdfa.DFA(Own(*layers), feedback=RULE))
+    assert not passed(fastdfa.DFA(nn.Sequential(*layers), feedback=RULE, output="3"))
+
+
+# Changes between passes -----------------------------------------------------------------------
+
+
+def replaced_layer(model):
+    model.module[1] = fastdfa.Linear(12, 8, activation="relu").double()
+
+
+def replaced_parameters(model):
+    model.module[2].weight = nn.Parameter(randn(9, 8))
+    model.module[3].bias = None
+
+
+def replaced_data(model):
+    model.module[2].weight.data = randn(9, 8)
+
+
+def another_slope(model):
+    model.module[0].activation = nn.LeakyReLU(0.3)
+    step(model, X, G)
+    model.module[0].activation.negative_slope = 0.7
+
+
+def another_seed(model):
+    model.load_state_dict(model.state_dict() | {"seed": torch.tensor(77)})
+
+
+def another_rule(model):
+    model.feedback = fastdfa.Feedback(seed=1, error="sum")
+
+
+def in_single_precision_and_back(model):
+    model.float()
+    step(model, X.float(), G.float())
+    model.double()
+
+
+@pytest.mark.parametrize("change", [
+    replaced_layer, replaced_parameters, replaced_data, another_slope, another_seed, another_rule,
+    in_single_precision_and_back, identity,
+])  # fmt: skip
+def test_of_what_the_network_is_now(change):
+    model = mlp(WIDTHS)
+    assert passed(model)
+    change(model)
+    assert passed(model)
+
+
+def test_the_width_of_a_layer_stays():
+    model = mlp(WIDTHS)
+    assert passed(model)
+    first, second = model.module[0], model.module[1]
+    first.weight.data, first.bias.data = first.weight[:-1].detach(), first.bias[:-1].detach()
+    second.weight.data = second.weight[:, :-1].detach()
+    with pytest.raises(ValueError, match=r"expected 12 features .* got 11"):
+        model(X)
+
+
+def test_bad_inputs_are_refused():
+    model = mlp(WIDTHS)
+    assert passed(model)
+    with pytest.raises(RuntimeError, match=r"4 columns|5 columns|shape"):
+        model(X[:, :4])
+    with pytest.raises(RuntimeError, match=r"dtype|float"):
+        model(X.float())
+    assert not is_one_node(model(X[0]))
+    assert passed(model)
+
+
+def test_copies_and_pickles():
+    model = mlp(WIDTHS)
+    assert passed(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert passed(other)
+        same_gradients(model, other)
+
+
+# Autograd around it ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_backward_again_and_several_forwards(direct):
+    model = mlp(WIDTHS, direct_gradients=direct)
+    step(model, X, G)
+    model.zero_grad()
+    other = one_by_one(model)
+    for each in (model, other):
+        y, z = each(X), each(2 * X)
+        (y * G).sum().backward(retain_graph=True)
+        (z * G).sum().backward()
+        (y * G).sum().backward()
+    for a, b in zip(gradients(model).values(), gradients(other).values(), strict=True):
+        assert_close(a, b)
+    with pytest.raises(RuntimeError, match="second time"):
+        (y * G).sum().backward()
+
+
+def test_a_modification_in_place_is_refused():
+    model, x = mlp(WIDTHS), X.clone()
+    assert passed(model)
+    y = model(x)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (y * G).sum().backward()
+
+
+def test_the_output_may_be_modified():
+    model = mlp(WIDTHS)
+    assert passed(model)
+    y = model(X)
+    assert is_one_node(y)
+    with torch.no_grad():
+        expected = expected_gradients(model, X, 2 * G)
+    model.zero_grad()
+    (y.mul_(2) * G).sum().backward()
+    assert_close(gradients(model), expected)
+
+
+def test_no_double_backward():
+    model = mlp(WIDTHS)
+    assert passed(model)
+    (grad,) = torch.autograd.grad(
+        (model(X) ** 2).sum(), [model.module[0].weight], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("until", ["forward", "backward"])
+def test_nothing_is_kept_alive(until, monkeypatch):
+    model, references = mlp(WIDTHS), []
+    step(model, X, G)
+    op = fastdfa.ops.linear_chain
+
+    def watched(*args):
+        hidden = op(*args)
+        references.extend(StorageWeakRef(h.untyped_storage()) for h in hidden)
+        return hidden
+
+    monkeypatch.setattr(fastdfa.ops, "linear_chain", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        y = model(X)
+        assert is_one_node(y) and len(references) == 3
+        assert not any(r.expired() for r in references)
+        if until == "backward":
+            (y * G).sum().backward()
+        del y
+        assert all(r.expired() for r in references)
+    finally:
+        gc.enable()
+
+
+# Gradients written directly -------------------------------------------------------------------
+
+
+def test_direct_gradients_accumulate():
+    model, other = mlp(WIDTHS, direct_gradients=True), mlp(WIDTHS)
+    other.module.load_state_dict(model.module.state_dict())
+    for _ in range(3):
+        y, expected = step(model, X, G), step(other, X, G)
+    assert is_one_node(y) and y.grad_fn.next_functions != expected.grad_fn.next_functions
+    same_gradients(model, other)
+    for each in (model, other):
+        each.zero_grad(set_to_none=False)
+        step(each, X, G)
+    same_gradients(model, other)
+
+
+def test_the_first_gradient_is_not_copied(monkeypatch):
+    model, made, op = mlp(WIDTHS, direct_gradients=True), [], fastdfa.ops.weight_gradients
+    step(model, X, G)
+    model.zero_grad()
+
+    def kept(*args):
+        grads = op(*args)
+        made.extend(grad.data_ptr() for grad in grads)
+        return grads
+
+    monkeypatch.setattr(fastdfa.ops, "weight_gradients", kept)
+    step(model, X, G)
+    assert [layer.weight.grad.data_ptr() for layer in model.module[:3]] == made
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_parameters_are_called(register):
+    model, seen = mlp(WIDTHS, direct_gradients=True), []
+    step(model, X, G)
+    model.zero_grad()
+    getattr(model.module[1].weight, register)(seen.append)
+    step(model, X, G)
+    assert len(seen) == 1
+    assert_close(gradients(model), expected_gradients(model, X, G))
+
+
+def test_direct_gradients_are_not_those_of_autograd():
+    model = mlp(WIDTHS, direct_gradients=True)
+    step(model, X, G)
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        torch.autograd.grad(model(X).sum(), [model.module[1].weight])
+
+
+def test_direct_gradients_among_several_processes(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model = mlp(WIDTHS, direct_gradients=True)
+    with pytest.raises(RuntimeError, match="2 processes: leave it False"):
+        model(X)
+    assert all(p.grad is None for p in model.parameters())

@@ -607,7 +607,7 @@ def test_wrong_arguments_raise_before_anything_is_launched(name):
     assert not x.any()
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(10))
 def test_opcheck(index):
     op, arguments = list(samples())[index]
     move = torch.utils._pytree.tree_map_only

@@ -791,10 +791,9 @@ def test_graphs_of_a_chain_with_its_optimizer(direct):
     model, other = network(**rule), network(**rule)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
     static = [tuple(data(model, rows)) for rows in (37, 8)]
+    steps = [partial(train, model, optimizers[0], *pair) for pair in static]
     with counted_batches() as batches:
-        replays = [
-            captured(lambda pair=pair: train(model, optimizers[0], *pair)) for pair in static
-        ]
+        replays = list(map(captured, steps))
     assert set(batches) == {3}
     other.load_state_dict(model.state_dict())
     for seed in range(4):

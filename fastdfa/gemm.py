@@ -8,7 +8,7 @@ and 72 to 96, oneDNN 61 to 108 and 48 to 97. On Zen 5, MKL ran at half of oneDNN
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -56,8 +56,6 @@ def multiplies(x: Tensor) -> bool:
 
 # By torch.
 
-Pair = tuple[Tensor, Tensor]  # delta [M, n] and input [M, k] of a layer
-
 
 def memory_of_outputs(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
     """Where the outputs [M, n_l] of a chain go: neighbours of one width into one buffer.
@@ -66,7 +64,7 @@ def memory_of_outputs(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor | Non
     one batched product makes the weight gradients. None: into memory of its own. The buffer lives
     as long as one of its outputs, and those of a chain are freed together anyway.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # inductor plans memory itself
         return [None] * len(weights)
     memory: list[Tensor | None] = []
     for width, run in groupby(len(weight) for weight in weights):
@@ -80,48 +78,49 @@ def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list
 
     The gradients of those are parts of one tensor, contiguous each.
     """
+    if len(deltas) != len(inputs):
+        raise ValueError(f"inputs must be as many as the {len(deltas)} deltas, got {len(inputs)}")
     grads: list[Tensor] = []
-    for run in _runs(deltas, inputs):
-        delta, x = run[0]
-        if len(run) == 1:
-            grads.append(delta.t() @ x)
+    while len(grads) < len(deltas):
+        first = len(grads)
+        count = _batched(deltas, inputs, first)
+        if count == 1:
+            grads.append(deltas[first].t() @ inputs[first])
         else:
-            d, x = _stacked(delta, len(run)), _stacked(x, len(run))
-            grads += torch.bmm(d.transpose(1, 2), x).unbind()
+            delta, x = (_stacked(matrices[first], count) for matrices in (deltas, inputs))
+            grads += torch.bmm(delta.transpose(1, 2), x).unbind()
     return grads
 
 
-def _runs(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[list[Pair]]:
-    """The layers, in order, by those that one batched product serves."""
-    run: list[Pair] = []
-    for pair in zip(deltas, inputs, strict=True):
-        if run and not _joins(run[-1], pair):
-            yield run
-            run = []
-        run.append(pair)
-    if run:
-        yield run
+def _batched(deltas: Sequence[Tensor], inputs: Sequence[Tensor], first: int) -> int:
+    """How many of these layers, from `first` on, one product serves."""
+    count = _in_a_row(inputs, first, len(inputs))
+    if count > 1:
+        count = _in_a_row(deltas, first, first + count)
+    elements = deltas[first].shape[-1] * inputs[first].shape[-1]
+    return count if elements <= _BATCHED_ELEMENTS.get(deltas[first].device.type, 0) else 1
 
 
-def _joins(before: Pair, pair: Pair) -> bool:
-    """Whether a product is small, and its layer lies right behind the one before."""
-    if torch.compiler.is_compiling():  # a traced call knows no addresses
-        return False
-    delta, x = pair
-    most = _BATCHED_ELEMENTS.get(delta.device.type, 0)
-    return delta.shape[-1] * x.shape[-1] <= most and all(map(_follows, before, pair))
+def _in_a_row(matrices: Sequence[Tensor], first: int, end: int) -> int:
+    """How many of these lie one behind the other in one buffer, contiguous and of one shape.
 
-
-def _follows(a: Tensor, b: Tensor) -> bool:
-    """Whether b lies right behind a in one buffer, both contiguous matrices of one shape."""
-    return (
-        a.shape == b.shape
-        and a.dtype == b.dtype
-        and b.storage_offset() == a.storage_offset() + a.numel()
-        and a.is_contiguous()
-        and b.is_contiguous()
-        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
-    )
+    The same offset from the same address is the same buffer.
+    """
+    start = matrices[first]
+    if not start.is_contiguous():
+        return 1
+    address, offset, size = start.data_ptr(), start.storage_offset(), start.numel()
+    for i in range(first + 1, end):
+        matrix, distance = matrices[i], (i - first) * size
+        if (
+            matrix.storage_offset() != offset + distance
+            or matrix.data_ptr() != address + distance * start.itemsize
+            or matrix.shape != start.shape
+            or matrix.dtype != start.dtype
+            or not matrix.is_contiguous()
+        ):
+            return i - first
+    return end - first
 
 
 def _stacked(first: Tensor, count: int) -> Tensor:

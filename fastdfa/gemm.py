@@ -22,9 +22,9 @@ LIBRARIES = ("torch", "fastdfa")
 _DTYPES = (torch.float32, torch.float64)
 # Elements of a dW up to which several are one batched product. On CUDA by count: 128 tiles of 128 x
 # 128, and a GPU makes about as many at a time (an H100 132), so a larger product fills it alone. On
-# the CPU (MKL, two Zen 4 cores) a step of 32x128, batch 64, takes 0.97 of its time with single
-# products, one of 32x256, batch 256, 0.98, in bfloat16 0.91 and 0.96; but 16x512 1.00 and 1.03, and
-# 4x1024, batch 128, 1.09, as two threads have three products there.
+# the CPU (MKL, two Zen 4 cores) a step of 32x128, batch 64, takes 0.76 of its time with single
+# products, one of 32x256, batch 256, 0.98, in bfloat16 0.71 and 0.93; but 16x512 1.03 and 0.99, and
+# 4x1024, batch 128, 1.10 and 1.02, as two threads have three products there.
 _BATCHED_ELEMENTS = {"cpu": 2**16, "cuda": 2**21}
 
 
@@ -95,8 +95,9 @@ def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list
 def _batched(deltas: Sequence[Tensor], inputs: Sequence[Tensor], first: int) -> int:
     """How many of these layers, from `first` on, one product serves."""
     count = _in_a_row(inputs, first, len(inputs))
-    if count > 1:
-        count = _in_a_row(deltas, first, first + count)
+    if count == 1:
+        return 1
+    count = _in_a_row(deltas, first, first + count)
     elements = deltas[first].shape[-1] * inputs[first].shape[-1]
     return count if elements <= _BATCHED_ELEMENTS.get(deltas[first].device.type, 0) else 1
 

@@ -16,15 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import memory
+import step
 from common import RESULTS
-from step import draw
 
 # What the rows of a result must have, for the README and the comparison.
 ROWS = {
     "kernels-cuda": ("milliseconds", "of_copy", "of_product", "peak_mib"),
     "step-cuda": ("milliseconds", "to_backprop", "to_limit", "peak_mib"),
     "kinds-cuda": ("milliseconds", "to_backprop", "bound", "peak_mib"),
+    "memory-cuda": ("milliseconds", "to_backprop", "peak_mib"),
 }
+PICTURES = {"step-cuda": step.draw, "memory-cuda": memory.draw}
 
 
 def problems(name: str, result: dict[str, Any]) -> Iterator[str]:
@@ -34,10 +37,9 @@ def problems(name: str, result: dict[str, Any]) -> Iterator[str]:
         yield "machine names no GPU"
     if "cuda" not in machine.get("kernels", []):
         yield "it was measured without the CUDA kernels"
-    rows = result.get("rows", [])
-    if not rows:
+    if not result.get("rows"):
         yield "there are no rows"
-    for row in rows:
+    for row in all_rows(result):
         case = row.get("case", "a row without a case")
         for key in ROWS[name]:
             if key not in row:
@@ -47,6 +49,11 @@ def problems(name: str, result: dict[str, Any]) -> Iterator[str]:
                 yield f"{case}: {path} is {value}"
         if not any(side.startswith("fastdfa") for side in row.get("milliseconds", {})):
             yield f"{case}: fastdfa was not measured"
+
+
+def all_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """With those of narrow layers, which memory.py keeps apart."""
+    return result.get("rows", []) + result.get("narrow", [])
 
 
 def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
@@ -63,8 +70,8 @@ def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     """Milliseconds of every side of every case, before and after; and what failed."""
-    before = {row["case"]: row["milliseconds"] for row in old.get("rows", [])}
-    for row in new["rows"]:
+    before = {row["case"]: row["milliseconds"] for row in all_rows(old)}
+    for row in all_rows(new):
         for side, value in row["milliseconds"].items():
             after, earlier = value["median"], before.get(row["case"], {}).get(side)
             change = "new"
@@ -73,7 +80,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
             yield f"{row['case']}, {side}: {after:.4f} ms ({change})"
         for side, message in row.get("failed", {}).items():
             yield f"{row['case']}, {side}: failed: {message}"
-    for case in before.keys() - {row["case"] for row in new["rows"]}:
+    for case in before.keys() - {row["case"] for row in all_rows(new)}:
         yield f"{case}: no longer measured"
 
 
@@ -100,8 +107,8 @@ def collect(folder: Path, results: Path = RESULTS) -> list[str]:
         old = json.loads(target.read_text()) if target.exists() else {}
         lines += [f"== {name}, {content['machine']['gpu']}", *changes(old, content)]
         target.write_text(json.dumps(content, indent=1) + "\n")
-        if name.startswith("step"):
-            draw(content["rows"], target.with_suffix(".png"))
+        if name in PICTURES:
+            PICTURES[name](content["rows"], target.with_suffix(".png"))
     return lines
 
 

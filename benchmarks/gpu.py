@@ -1,6 +1,6 @@
 """Builds, tests and measures on a machine with a CUDA GPU; what `make gpu` runs.
 
-    python3 benchmarks/gpu.py [build] [test] [sanitize] [kernels] [step] [kinds] [--out DIR]
+    python3 benchmarks/gpu.py [PART ...] [--out DIR]
 
 Uses the Python environment that is active and needs no network: nothing is installed. Every part
 has a log and a limit of time, and one that fails stops no other, but for `build`. What is measured
@@ -12,6 +12,7 @@ goes into the tracked results by `benchmarks/collect.py DIR`.
     kernels    benchmarks/kernels.py --device cuda
     step       benchmarks/step.py --device cuda
     kinds      benchmarks/step_kinds.py --device cuda
+    memory     benchmarks/memory.py --device cuda
 """
 
 from __future__ import annotations
@@ -69,11 +70,13 @@ NEEDS = {
     "kernels": ["torch", "numpy", "rich"],
     "step": ["torch", "numpy", "rich"],
     "kinds": ["torch", "numpy", "rich"],
+    "memory": ["torch", "numpy", "rich"],
 }
 MEASURED = {  # the commands of the parts that measure
     "kernels": ["benchmarks/kernels.py"],
     "step": ["benchmarks/step.py", "--no-picture"],
     "kinds": ["benchmarks/step_kinds.py"],
+    "memory": ["benchmarks/memory.py", "--no-picture"],
 }
 
 

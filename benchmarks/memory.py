@@ -7,6 +7,8 @@ so that the gradients do not exist all at once there either. On the CPU fastdfa 
 `torch.mm` here, as backprop does, so that no ratio is that of two libraries.
 
     python benchmarks/memory.py [--quick] [--device cuda]
+
+On a GPU wider and with more rows, as the workspace, which streaming fills, is larger there.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from common import (
+    Budget,
     Step,
     add_arguments,
     check_device,
@@ -30,6 +33,7 @@ from common import (
     result_name,
     save,
     spread,
+    working,
 )
 from rich.table import Table
 from step import by_torch_mm
@@ -66,6 +70,10 @@ SWEEP = [Case(depth, 512, 512) for depth in (8, 16, 32, 64, 128)]
 # Where a step is bound by what Python and autograd do for each layer.
 NARROW = [Case(32, 512, 256), Case(32, 256, 256), Case(32, 128, 64)]
 QUICK = [Case(depth, 512, 256) for depth in (8, 32)]
+# The deepest last: a budget of time may end the sweep.
+CUDA_SWEEP = [Case(depth, 1024, 4096) for depth in (8, 16, 32, 64, 128)]
+CUDA_NARROW = [Case(32, 1024, 256), Case(32, 256, 128)]
+CUDA_QUICK = [Case(depth, 1024, 1024) for depth in (8, 32)]
 
 
 class OrdinaryStep:
@@ -156,9 +164,9 @@ def steps_of(case: Case, device: str) -> dict[str, Step]:
 def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
     """One row: milliseconds, time relative to backprop, peak memory."""
     console.print(f"measuring {case.name} ...", style="dim")
-    steps = steps_of(case, device)
+    steps, failed = working(steps_of(case, device), case.name)
     times = interleaved(steps, rounds, 0.1, device)
-    peaks = {name: peak_memory(steps[name], device) / 2**20 for name in SIDES}
+    peaks = {n: peak_memory(steps[n], device) / 2**20 for n in SIDES if n in steps}
     return {
         "case": case.name,
         **case._asdict(),
@@ -166,6 +174,7 @@ def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
         "to_backprop": {n: v._asdict() for n, v in ratios(times, "backprop").items()},
         "peak_mib": {name: round(peak, 2) for name, peak in peaks.items()},
         "parameters_mib": round(4 * case.depth * case.width * (case.width + 1) / 2**20, 2),
+        "failed": failed,
     }
 
 
@@ -178,7 +187,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         for name, ratio in row["to_backprop"].items():
-            peak = f"{row['peak_mib'][name]:.1f}" if name in row["peak_mib"] else ""
+            peak = f"{row['peak_mib'][name]:.1f}"
             milliseconds = f"{row['milliseconds'][name]['median']:.1f}"
             case = row["case"] if name == "backprop" else ""
             table.add_row(case, name, peak, milliseconds, f"{ratio['median']:.2f}")
@@ -195,10 +204,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     depths = [row["depth"] for row in rows]
     for name, colour in SIDES.items():
-        peaks = [row["peak_mib"][name] for row in rows]
-        times = [row["to_backprop"][name]["median"] for row in rows]
-        left.plot(depths, peaks, "o-", label=name, color=colour)
-        right.plot(depths, times, "o-", label=name, color=colour)
+        there = [row for row in rows if name in row["peak_mib"]]  # where it did not fail
+        where = [row["depth"] for row in there]
+        peaks = [row["peak_mib"][name] for row in there]
+        times = [row["to_backprop"][name]["median"] for row in there]
+        left.plot(where, peaks, "o-", label=name, color=colour)
+        right.plot(where, times, "o-", label=name, color=colour)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(depths, [str(depth) for depth in depths])
@@ -214,6 +225,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def cases(device: str, quick: bool) -> tuple[list[Case], list[Case]]:
+    """Those over depth, and those of narrow layers."""
+    if device == "cuda":
+        return (CUDA_QUICK, []) if quick else (CUDA_SWEEP, CUDA_NARROW)
+    return (QUICK, []) if quick else (SWEEP, NARROW)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two depths, half a minute")
@@ -222,11 +240,19 @@ def main() -> None:
     options = parser.parse_args()
     check_device(options.device)
     keep_freed_memory()
-    sweep, narrow = (QUICK, []) if options.quick else (SWEEP, NARROW)
-    rows = [measure(case, options.rounds, options.device) for case in [*sweep, *narrow]]
-    show(rows)
+    sweep, narrow = cases(options.device, options.quick)
+    budget, rows = Budget(options.budget), []
     name = result_name("memory", options.device, options.quick)
-    path = save(name, rows[: len(sweep)], options.out, options.device, narrow=rows[len(sweep) :])
+    for case in [*sweep, *narrow]:
+        if not budget.allows(case.name):
+            continue
+        rows.append(measure(case, options.rounds, options.device))
+        # After every case: a run that is stopped leaves what it has measured.
+        path = save(
+            name, rows[: len(sweep)], options.out, options.device,
+            narrow=rows[len(sweep) :], left_out=budget.left_out,
+        )  # fmt: skip
+    show(rows)
     if not options.no_picture:
         draw(rows[: len(sweep)], path.with_suffix(".png"))
     console.print(f"written: {path}")

@@ -250,31 +250,40 @@ def kernels_cuda() -> str:
     )
 
 
-def memory() -> str:
-    """Peak memory and time of a streaming step over depth, beside backprop and checkpointing."""
-    results = read("memory")
+def memory_table(results: dict[str, Any], where: str) -> str:
     names = ["backprop", "checkpointed", "checkpointed, updates in backward"]
     names += ["fastdfa", "streaming"]
-
-    def lines(rows: list[dict[str, Any]]) -> list[list[str]]:
-        return [
-            [
-                row["case"],
-                *[f"{row['peak_mib'][name]:.1f}" for name in names],
-                *[f"{row['to_backprop'][name]['median']:.2f}" for name in names[1:]],
-            ]
-            for row in rows
+    rows = [
+        [
+            row["case"],
+            *[f"{row['peak_mib'][name]:.1f}" if name in row["peak_mib"] else "-" for name in names],
+            *[median(row["to_backprop"], name, "{:.2f}".format) for name in names[1:]],
         ]
-
+        for row in results["rows"] + results["narrow"]
+    ]
     head = ["hidden layers x width / batch", "backprop, MiB", "checkpointed"]
     head += ["and updated in backward", "fastdfa", "**streaming**"]
     head += ["checkpointed, time", "and updated in backward", "fastdfa", "**streaming**"]
     return (
         "Peak MiB of a training step with its gradients, and its time, eager backprop = 1 (10 "
         "classes, tanh, float32, SGD with momentum, all by `torch.mm`; medians of interleaved "
-        f"rounds; {where(results['machine'])}):\n\n"
-        f"{table(head, lines(results['rows']) + lines(results['narrow']))}"
+        f"rounds; {where}):\n\n{table(head, rows)}"
     )
+
+
+def memory() -> str:
+    """Peak memory and time of a streaming step over depth, beside backprop and checkpointing."""
+    results = read("memory")
+    return memory_table(results, where(results["machine"]))
+
+
+def memory_cuda() -> str:
+    if not measured("memory-cuda"):
+        return "Memory over depth: not measured on a GPU yet."
+    results = read("memory-cuda")
+    machine = results["machine"]
+    facts = f"{machine['gpu']}, CUDA {machine['cuda']}, PyTorch {machine['torch']}"
+    return memory_table(results, f"{facts}, {machine['date']}")
 
 
 FIGURES: dict[str, Callable[[], str]] = {
@@ -286,6 +295,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "step-cuda": step_cuda,
     "kernels-cuda": kernels_cuda,
     "kinds-cuda": kinds_cuda,
+    "memory-cuda": memory_cuda,
 }
 
 

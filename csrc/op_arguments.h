@@ -128,7 +128,31 @@ struct OpCall {
                                                     device.type, device.index, &handle));
     return Tensor(handle);
   }
+
+  // Contiguous matrices that lie one behind the other in one buffer.
+  std::vector<Tensor> empty_run(int64_t count, int64_t rows, int64_t columns,
+                                ScalarType type) const {
+    const Tensor buffer = empty({count * rows, columns}, type);
+    if (count == 1) return {buffer};
+    const int64_t sizes[] = {rows, columns}, strides[] = {max(1, columns), 1};
+    std::vector<Tensor> parts;
+    for (int64_t i = 0; i < count; ++i) {
+      AtenTensorHandle part;
+      TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(buffer.get(), 2, sizes, strides,
+                                                            i * rows * columns, &part));
+      parts.push_back(Tensor(part));
+    }
+    return parts;
+  }
 };
+
+// Whether b lies right behind a in one buffer, both contiguous matrices of one shape.
+inline bool follows(const Tensor& a, const Tensor& b) {
+  const int64_t bytes = a.numel() * static_cast<int64_t>(a.element_size());
+  return a.size(0) == b.size(0) && a.size(1) == b.size(1) && a.is_contiguous() &&
+         b.is_contiguous() && b.storage_offset() == a.storage_offset() + a.numel() &&
+         b.data_ptr() == static_cast<char*>(a.data_ptr()) + bytes;
+}
 
 // The kernels want neighbouring columns side by side. Only odd callers pay for a copy.
 inline Tensor with_unit_columns(const Tensor& t) {
@@ -291,15 +315,23 @@ class ProjectGateWork {
     return p.rows * columns;
   }
 
-  // Makes the results: the plan has cut the rows into so many chunks.
+  // Makes the results: the plan has cut the rows into so many chunks. Deltas lie as what was saved
+  // does: one behind the other, where a chain made the outputs so, as one batched product makes the
+  // weight gradients of such layers.
   void allocate(const OpCall& call, int64_t chunks) {
     std::vector<int64_t> columns;
     for (const ProjectGateLayer& layer : layers) columns.push_back(layer.columns);
     bias.emplace(call, columns, chunks, p.dtype);
-    for (size_t l = 0; l < layers.size(); ++l) {
-      results.push_back(call.empty({p.rows, columns[l]}, a.saved[l].scalar_type()));
-      layers[l].delta = results[l].data_ptr(), layers[l].bias_partial = bias->partial(l);
+    for (size_t first = 0, l = 1; l <= layers.size(); ++l) {
+      if (l < layers.size() && follows(a.saved[l - 1], a.saved[l])) continue;
+      const int64_t count = static_cast<int64_t>(l - first);
+      for (Tensor& delta :
+           call.empty_run(count, p.rows, columns[first], a.saved[first].scalar_type()))
+        results.push_back(std::move(delta));
+      first = l;
     }
+    for (size_t l = 0; l < layers.size(); ++l)
+      layers[l].delta = results[l].data_ptr(), layers[l].bias_partial = bias->partial(l);
     results.insert(results.end(), bias->grads.begin(), bias->grads.end());
   }
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from . import capture, fsdp, graph, network, ops, plan
 from . import feedback as feedback_rules
-from . import fsdp, graph, network, ops, plan
 from .broadcast import Broadcast, BroadcastInTurn, Group, Send, Target, announce
 from .feedback import DenseCache, Feedback, Source
 from .ops.reference import accumulation_dtype
@@ -419,6 +419,7 @@ class DFA(nn.Module):
         seen = self._seed_version
         written = seen is None or seen[0] is not self.seed or seen[1] != self.seed._version
         if written and not self.seed.is_meta:
+            capture.refuse(capture.MADE_BEFORE.format("read its seed"))
             self._key = int(self.seed)
             self._seed_version = (self.seed, self.seed._version)
         return self._key

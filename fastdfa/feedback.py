@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import capture, ops
 
 # Above this size a dense B is not kept but generated inside the kernels, piece by piece.
 DENSE_LIMIT_BYTES = 256 * 2**20
@@ -134,11 +134,13 @@ class DenseCache:
         if channels_last:
             key = (source, channels_last)
             if key not in self._channels_last:
+                capture.refuse(capture.MADE_BEFORE.format("make its B"))
                 matrix = self.get(source, rows, columns)
                 self._channels_last[key] = _channels_last(matrix, channels_last)
             return self._channels_last[key]
         matrix = self._matrices.get(source)
         if matrix is None or matrix.shape[0] != rows or matrix.shape[1] < columns:
+            capture.refuse(capture.MADE_BEFORE.format("make its B"))
             self._drop_other_seeds(source.seed)
             matrix = ops.feedback(
                 rows,

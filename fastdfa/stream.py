@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import graph, plan
+from . import capture, graph, plan
 from .dfa import DFA, Layout, check_output
 from .tape import Edge, LayerRecord, Point, Tape, state
 
@@ -77,9 +77,10 @@ class StreamingStep:
                 ordinary step refuses, and for gradients that are there already, inputs that require
                 grad or are modified in place, a loss that reaches into the model (looked for
                 in the first step alone: it must not begin to later), a model called
-                never or twice, inside `backprop`, `no_grad` or `DistributedDataParallel`. In the
-                middle of the step, where the second pass reads other points than the first, or
-                where the optimizer or a layer's backward fails: some layers are updated then.
+                never or twice, inside `backprop`, `no_grad`, `DistributedDataParallel` or the
+                capture of a CUDA graph. In the middle of the step, where the second pass reads
+                other points than the first, or where the optimizer or a layer's backward fails:
+                some layers are updated then.
         """
         parameters = self._parameters()
         self._check(parameters)
@@ -140,6 +141,10 @@ class StreamingStep:
                 "a StreamingStep was called inside fastdfa.backprop(model): true gradients need "
                 "all activations at once, so make an ordinary step there"
             )
+        capture.refuse(
+            "a CUDA graph was being captured when a StreamingStep was called, which sets the state "
+            "of random generators from the host: capture an ordinary step"
+        )
         _check_hooks(self.optimizer)
         if any(parameter.grad is not None for parameter in parameters):
             raise ValueError(

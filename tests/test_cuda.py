@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from networks import (
     step,
 )
 from test_ops import FROM_OUTPUT, KINDS, REFUSED, Case, samples, saved_and_derivative, wide
+from test_readme import run as recipes
 from torch import nn
 
 import fastdfa
@@ -607,7 +609,7 @@ def test_wrong_arguments_raise_before_anything_is_launched(name):
     assert not x.any()
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(10))
 def test_opcheck(index):
     op, arguments = list(samples())[index]
     move = torch.utils._pytree.tree_map_only
@@ -775,6 +777,80 @@ def test_a_whole_step_in_a_cuda_graph(rule, names, dtype, tolerance):
         assert_close(gradients(model), expected, tolerance)
 
 
+def train(model, optimizer, x, g):
+    optimizer.zero_grad()
+    step(model, x, g)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_graphs_of_a_chain_with_its_optimizer(direct):
+    """Two graphs, of two batch sizes, and ordinary steps of a third in turn train as ordinary
+    steps do. In such a chain weight gradients are batched."""
+    rule = dict(widths=(16, 24, 24, 24, 24, 3), direct_gradients=direct)
+    model, other = network(**rule), network(**rule)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
+    static = [tuple(data(model, rows)) for rows in (37, 8)]
+    steps = [partial(train, model, optimizers[0], *pair) for pair in static]
+    with counted_batches() as batches:
+        replays = list(map(captured, steps))
+    assert set(batches) == {3}
+    other.load_state_dict(model.state_dict())
+    for seed in range(4):
+        for pair, replay in zip(static, replays, strict=True):
+            for target, source in zip(pair, data(model, len(pair[0]), seed), strict=True):
+                target.copy_(source)
+            replay()
+            train(other, optimizers[1], *pair)
+        for m, optimizer in zip((model, other), optimizers, strict=True):
+            train(m, optimizer, *data(model, 5, seed))
+    expected = dict(other.module.named_parameters())
+    assert_close(dict(model.module.named_parameters()), expected, 1e-5)
+
+
+def test_graphed_callables():
+    """Forward and backward as two graphs, behind an autograd node of torch's own."""
+    model = network(widths=(16, 24, 24, 24, 3))
+    forward = torch.cuda.make_graphed_callables(model, tuple(data(model))[:1])
+    for seed in (2, 3):
+        x, g = data(model, seed=seed)
+        model.zero_grad()
+        (forward(x) * g).sum().backward()
+        assert_close(gradients(model), expected_gradients(model, x, g), 1e-5)
+
+
+def test_what_cannot_be_captured_is_refused():
+    """And the model trains as before, once the capture has ended."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x, g = data(model)
+    streaming = fastdfa.StreamingStep(model, optimizer)
+    torch.cuda.synchronize()
+    refused = [
+        (lambda: step(model, x, g), "read its seed"),
+        (lambda: streaming(lambda: (model(x) * g).sum()), "StreamingStep"),
+    ]
+    for function, words in refused:
+        with pytest.raises(RuntimeError, match=words), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            function()
+    check(model, x, g)
+    model.load_state_dict(model.state_dict() | {"seed": torch.tensor(77)})
+    check(model, x, g)
+
+
+def test_the_recipes_run_as_documented():
+    names = recipes("docs/performance.md")
+    step, loss, batches = names["step"], names["loss"], names["batches"]
+    assert isinstance(names["graph"], torch.cuda.CUDAGraph) and loss.isfinite()
+    for parameter in names["model"].parameters():
+        assert parameter.grad.abs().sum() > 0
+    before = loss.item()
+    for _ in range(50):
+        names["graph"].replay()
+    assert loss.item() < before  # of the last batch, learnt by heart
+    assert step().isfinite() and len(batches) == 4
+
+
 @pytest.fixture
 def _no_compiled_code_left():
     torch._dynamo.reset()
@@ -797,6 +873,56 @@ def test_compiled(names, mode):
         assert_close(gradients(model), expected_gradients(model, x, g), 1e-5)
     if mode == "reduce-overhead":
         assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+# Batched weight gradients -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def counted_batches():
+    """The sizes of the batches that torch.bmm multiplies."""
+    sizes, bmm = [], torch.bmm
+
+    def counted(a, b):
+        sizes.append(len(a))
+        return bmm(a, b)
+
+    torch.bmm = counted
+    try:
+        yield sizes
+    finally:
+        torch.bmm = bmm
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_weight_gradients_are_batched_where_a_product_is_small(dtype):
+    for width, expected in ((24, [5]), (1000, [5]), (2048, [])):
+        d, x = (randn(5, 33, width, seed=s, dtype=dtype).to(DEVICE).unbind() for s in (1, 2))
+        with counted_batches() as sizes:
+            grads = fastdfa.ops.weight_gradients(d, x)
+        assert sizes == expected
+        for grad, delta, h in zip(grads, d, x, strict=True):
+            assert grad.is_contiguous() and grad.dtype == dtype
+            assert_close(grad, delta.double().T @ h.double(), 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chain_is_batched(dtype):
+    """First with a tape, then without; and under autocast."""
+    model = network(dtype=dtype, widths=(16, 24, 24, 24, 24, 3))
+    x, g = data(model)
+    for _ in range(2):
+        with counted_batches() as sizes:
+            check(model, x, g, PRECISION[dtype])
+        assert sizes == [3]
+    if dtype == torch.float32:
+        model.zero_grad()
+        with counted_batches() as sizes:
+            with torch.autocast(DEVICE, dtype=torch.bfloat16):
+                y = model(x)
+            (y.float() * g).sum().backward()
+        assert sizes == [3]
+        assert_close(gradients(model), expected_gradients(model, x, g), PRECISION[torch.bfloat16])
 
 
 # The engine -----------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 anything is written (contract 10). The errors of the ops are in test_ops.py, of double backward and
 of changes in place in test_autograd.py, of ways round a cut in test_leaks.py."""
 
+import contextlib
+
 import pytest
 import torch
 from networks import Apply, assert_close, expected_gradients, gradients, mlp, randn, step
@@ -224,6 +226,36 @@ def test_a_number_of_features_that_changes():
     with refused(["'1'", "15", "20"], ValueError):
         step(model, randn(7, 4, 4), randn(7, 2))
     assert untouched(model)
+
+
+def test_what_a_cuda_graph_cannot_hold(monkeypatch):
+    """What the host reads or makes once must be there before a capture; streaming stays outside."""
+    model, x, g = mlp([4, 8, 6, 3]), randn(5, 4), randn(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def streaming():
+        fastdfa.StreamingStep(model, optimizer)(lambda: (model(x) * g).sum())
+
+    @contextlib.contextmanager
+    def capturing():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            yield
+
+    with capturing(), refused(["read its seed", "make a step"], RuntimeError):
+        step(model, x, g)
+    model.load_state_dict(model.state_dict() | {"seed": torch.tensor(7)})
+    with capturing(), refused(["make its B", "make a step"], RuntimeError):
+        step(model, x, g)
+    with capturing(), refused(["StreamingStep", "ordinary step"], RuntimeError):
+        streaming()
+    assert untouched(model)
+    step(model, x, g)
+    model.zero_grad()
+    with capturing():
+        step(model, x, g)
+    assert_close(gradients(model), expected_gradients(model, x, g))
 
 
 def test_an_error_leaves_the_model_as_it_was():

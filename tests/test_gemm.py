@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from formulas import ACTIVATIONS
-from networks import assert_close, mlp, randn
+from networks import assert_close, expected_gradients, gradients, mlp, randn
 from test_ops import FROM_OUTPUT, KINDS, REFUSED, needs_extension
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdfa
@@ -106,6 +107,84 @@ def test_weight_gradients(library, dtype):
         assert_close(grad, d.double().T @ x.double(), 10 * TOLERANCES[dtype])
 
 
+class Products(TorchDispatchMode):
+    """Counts torch's matrix products: of one pair of matrices, and batches by their sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.single, self.batches = 0, []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        packet = op.overloadpacket
+        self.single += packet is torch.ops.aten.mm
+        if packet is torch.ops.aten.bmm:
+            self.batches.append(len(args[0]))
+        return op(*args, **(kwargs or {}))
+
+
+def in_a_row(count, rows, columns, dtype, seed):
+    return list(randn(count, rows, columns, seed=seed, dtype=dtype).unbind())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_layers_that_lie_in_a_row_are_one_product(monkeypatch, dtype):
+    """Both their deltas and their inputs; as long as a product is small."""
+    monkeypatch.setattr(gemm, "library", lambda: "torch")
+    d, x = (in_a_row(9, 7, n, dtype, n) for n in (6, 5))
+    wide_d, wide_x = (in_a_row(2, 7, n, dtype, n) for n in (300, 301))
+    odd = [t.T.contiguous().T for t in d[:3]]
+    expected = [  # deltas, inputs, batches, single products
+        (d, x, [9], 0),
+        (d[:4] + wide_d + d[4:], x[:4] + wide_x + x[4:], [4, 5], 2),
+        (d[::-1], x[::-1], [], 9),
+        (d[:2] + d[3:5], x[:2] + x[3:5], [2, 2], 0),
+        (d[:4], x[1:3] + x[1:3], [2, 2], 0),
+        (d[:3], [t.clone() for t in x[:3]], [], 3),
+        (odd, x[:3], [], 3),
+        ([t[:, :3] for t in d[:3]], x[:3], [], 3),
+        ([t[:4] for t in d[:3]], [t[:4] for t in x[:3]], [], 3),
+        (d[:1], x[:1], [], 1),
+    ]
+    for deltas, inputs, batches, single in expected:
+        with Products() as products:
+            grads = ops.weight_gradients(deltas, inputs)
+        assert (products.batches, products.single) == (batches, single)
+        assert len(grads) == len(deltas)
+        for grad, delta, h in zip(grads, deltas, inputs, strict=True):
+            assert grad.dtype == dtype and grad.is_contiguous()
+            tolerance = TOLERANCES.get(dtype, 4e-3)
+            assert_close(grad, delta.double().T @ h.double(), 10 * tolerance)
+
+
+@needs_extension
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("rows", [(6,), (2, 3), (1,)])
+def test_the_layers_of_a_chain_lie_in_a_row(monkeypatch, rows, autocast):
+    """A step makes the weight gradients of neighbours of one width by one product; and .grad takes
+    them over without a copy."""
+    monkeypatch.setattr(gemm, "library", lambda: "torch")
+    model = mlp([5, 8, 8, 8, 9, 9, 9, 9, 3], "tanh", dtype=torch.float32)
+    x, g = randn(*rows, 5).float(), randn(*rows, 3).float()
+    made, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *pair: made.append(bmm(*pair)) or made[-1])
+    for _ in range(2):  # the plan is kept
+        model.zero_grad(set_to_none=False)  # goes through what .grad holds
+        model.zero_grad()
+        made.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Products() as products:
+            y = model(x)
+        with products:
+            (y * g).sum().backward()
+        assert products.batches == [2, 3]
+        e = g.reshape(-1, 3)
+        expected = expected_gradients(model, x.reshape(-1, 5), e)
+        assert_close(gradients(model), expected, 3e-2 if autocast else 1e-5)
+        held = [layer.weight.grad.data_ptr() for layer in model.module[1:7]]
+        taken = [part.data_ptr() for grads in made for part in grads]
+        if not autocast:  # else they are cast
+            assert [*held[:2], *held[3:]] == taken
+
+
 @pytest.mark.parametrize("rows, k, n", [(0, 5, 4), (5, 0, 4), (5, 4, 0)])
 def test_empty(library, rows, k, n):
     x, weight, bias = torch.randn(rows, k), torch.randn(n, k), torch.randn(n)
@@ -113,6 +192,8 @@ def test_empty(library, rows, k, n):
     assert_close(h, torch.tanh(x @ weight.T + bias), 1e-6)
     (grad,) = ops.weight_gradients([torch.randn(rows, n)], [x])
     assert grad.shape == (n, k) and (rows > 0 or not grad.any())
+    pair = torch.randn(2, rows, n).unbind(), torch.randn(2, rows, k).unbind()
+    assert [g.shape for g in ops.weight_gradients(*pair)] == [(n, k)] * 2
     assert list(ops.weight_gradients([], [])) == []
     assert list(ops.linear_chain(x, [], [], [], [])) == []
 

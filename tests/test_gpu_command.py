@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import collect
 import gpu
+import readme
 
 FACTS = {
     "executable": "python3", "python": "3.12", "torch": "2.11", "cuda": "13.0", "missing": [],
@@ -65,12 +66,12 @@ def test_a_part_that_fails_stops_no_other(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, tmp_path, [], commands) == 1
     assert states(tmp_path) == {
         "build": "ok", "test": "failed", "sanitize": "skipped", "kernels": "ok", "step": "ok",
-        "kinds": "ok",
+        "kinds": "ok", "memory": "ok",
     }  # fmt: skip
     assert "after" in (tmp_path / "test.log").read_text()
     printed = capsys.readouterr().out
     assert "word" in printed and "exit code 3, ok" in printed
-    assert printed.rstrip().splitlines()[-1].startswith("kinds")
+    assert printed.rstrip().splitlines()[-1].startswith("memory")
     assert run(monkeypatch, tmp_path, ["test"], {}) == 0  # what the others left stays
     assert states(tmp_path)["test"] == "ok" and "kernels" in states(tmp_path)
 
@@ -106,6 +107,7 @@ def test_the_probe_knows_this_environment():
 
 @pytest.mark.parametrize("part, script", [
     ("kernels", "kernels.py"), ("step", "step.py"), ("kinds", "step_kinds.py"),
+    ("memory", "memory.py"),
 ])  # fmt: skip
 def test_a_part_that_measures_runs_its_script_on_the_gpu(tmp_path, part, script):
     (command,) = gpu.commands(part, FACTS, tmp_path, 100.0)
@@ -168,6 +170,22 @@ def test_results_of_every_kind_of_network_are_taken_over(tmp_path):
     del content["rows"][0]["bound"]
     with pytest.raises(ValueError, match="a network: no bound"):
         collect.collect(written(tmp_path / "run", content, "kinds-cuda"), tmp_path)
+
+
+def test_results_of_memory_are_taken_over(tmp_path):
+    """Also of a run in which a side failed; narrow layers are checked as the others are."""
+    row = result()["rows"][0] | {"depth": 8, "width": 64, "batch": 16}
+    deeper = row | {"case": "16x64", "depth": 16, "peak_mib": {"fastdfa": 1.0, "backprop": 2.0}}
+    narrow = [row | {"case": "narrow"}]
+    content = result(rows=[row, deeper], narrow=narrow)
+    lines = collect.collect(written(tmp_path / "run", content, "memory-cuda"), tmp_path)
+    assert "narrow, fastdfa: 1.2500 ms (new)" in lines
+    assert (tmp_path / "memory-cuda.png").stat().st_size > 1000
+    assert readme.memory_table(content, "a GPU").count("| - |") > 0
+    del narrow[0]["peak_mib"]
+    content = result(rows=[row], narrow=narrow)
+    with pytest.raises(ValueError, match="narrow: no peak_mib"):
+        collect.collect(written(tmp_path / "run", content, "memory-cuda"), tmp_path)
 
 
 @pytest.mark.parametrize("change, words", [

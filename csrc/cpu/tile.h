@@ -12,11 +12,11 @@ template <class A> struct Tile {
 };
 
 // product[rows, columns of the tile] (+)= a[rows, depth] b[depth, columns of the tile], of which
-// the first `vectors` vectors are made. `a` holds a pointer to each row; rows of b and of the
-// product are a tile wide.
+// the first `vectors` vectors are made. `a` holds a pointer to each row; rows of b are a
+// tile wide.
 template <int vectors, class A>
 FASTDFA_INLINE void multiply(const A* const (&a)[Tile<A>::rows], int64_t a_column, const A* b,
-                             int64_t depth, A* product, bool accumulate) {
+                             int64_t depth, A* product, int64_t product_row, bool accumulate) {
   using V = Vec<A>;
   constexpr int rows = Tile<A>::rows;
   V sum[rows][vectors];
@@ -39,7 +39,7 @@ FASTDFA_INLINE void multiply(const A* const (&a)[Tile<A>::rows], int64_t a_colum
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      A* p = product + r * Tile<A>::columns + v * V::size;
+      A* p = product + r * product_row + v * V::size;
       store(p, accumulate ? load(p) + sum[r][v] : sum[r][v]);
     }
 }

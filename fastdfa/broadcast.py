@@ -172,7 +172,7 @@ def announce(y: Tensor, chains: list[tuple[Chain, Group, list[Tensor]]]) -> Tens
     """y, whose error is left in backward with chains, which make the feedback of their layers."""
     announced = _Announced()
     for chain, group, dense in chains:
-        chain.fed.append(partial(announced.make, group, dense))
+        chain.fed.append(ChainFeedback(group, dense, announced))
     return _Announce.apply(announced, y, *[chain.token for chain, _, _ in chains])
 
 
@@ -206,12 +206,13 @@ class _Announced:
     def end(self) -> None:
         self.error = None
 
-    def make(
-        self, group: Group, dense: list[Tensor], saved: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The deltas [M, n_l] of the layers of a chain that are fed, and their sums."""
-        saved = [as_matrix(h) for h in saved[: len(group.fused)]]
-        return products(group, self.error, dense, group.fused, saved)
+
+class ChainFeedback(NamedTuple):
+    """What makes the feedback of the layers of a chain, the first len(group.fused) of them."""
+
+    group: Group
+    dense: list[Tensor]
+    announced: _Announced
 
 
 class _InTurn:

@@ -7,6 +7,7 @@ not, it computes on its own: what was computed ahead is at worst wasted, never w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd.graph import Node
 
 from . import ops, plan
 from .activations import Gate, gate_of
+from .broadcast import Group, products
 from .fused import LINEAR, as_matrix, autocast_dtype, saved_tensor_hooks_active
 from .tape import Chain, Edge, state
 
@@ -125,6 +127,69 @@ def _compute(layers: list[nn.Module], gates: list[Gate], x: Tensor) -> Chain:
     return chain
 
 
+Error = tuple[Group, list[Tensor], Tensor]  # what is fed, the dense matrices, and e [M, C]
+
+
+def gradients(
+    fed: Error | None,
+    gates: list[Gate],
+    x: Tensor,
+    hidden: list[Tensor],
+    grads: list[Tensor | None],
+    needed: Sequence[bool],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The weight gradients of a chain, and the sums of its deltas over rows.
+
+    Args:
+        fed: the feedback of its first layers.
+        x, hidden: its input and the outputs of its layers. `hidden` is emptied from the top, as
+            layers are done, so that their memory is free for the gradients.
+        grads: what else each output receives.
+        needed: whether each weight gradient is.
+    """
+    weights: list[Tensor | None] = []
+    sums: list[Tensor | None] = []
+    x = as_matrix(x)
+    while hidden:
+        first = plan.first_of_group(hidden, 0 if fed is None else fed[2].shape[1])
+        saved = [as_matrix(h) for h in hidden[first:]]
+        inputs = [as_matrix(hidden[first - 1]) if first else x, *saved[:-1]]
+        del hidden[first:]
+        deltas, totals = _deltas(fed, gates[first:], saved, grads[first:], first)
+        made: list[Tensor | None] = [None] * len(saved)
+        trained = [i for i, d in enumerate(deltas) if d is not None and needed[first + i]]
+        columns = ([values[i] for i in trained] for values in (deltas, saved, inputs))
+        for i, grad in zip(trained, LINEAR.weight_gradients(*columns), strict=True):
+            made[i] = grad
+        weights, sums = made + weights, totals + sums
+    return weights, sums
+
+
+def _deltas(
+    fed: Error | None,
+    gates: Sequence[Gate],
+    saved: list[Tensor],
+    grads: Sequence[Tensor | None],
+    first: int,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The deltas of some layers of a chain, from number `first` on, and their sums over rows."""
+    deltas: list[Tensor | None] = []
+    sums: list[Tensor | None] = []
+    if fed is not None:
+        group, dense, error = fed
+        targets = group.fused[first : first + len(saved)]
+        dense = dense[first : first + len(targets)] if len(dense) > 1 else dense
+        deltas, sums = products(group, error, dense, targets, saved[: len(targets)])
+    for _ in range(len(saved) - len(deltas)):
+        deltas.append(None), sums.append(None)
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            delta, total = ops.gate(as_matrix(grad), saved[i], *gates[i])
+            deltas[i] = delta if deltas[i] is None else deltas[i] + delta
+            sums[i] = total if sums[i] is None else sums[i] + total
+    return deltas, sums
+
+
 class _ActivatedChain(torch.autograd.Function):
     """The outputs of a chain as one node: views, as of a single layer; and a token.
 
@@ -144,31 +209,21 @@ class _ActivatedChain(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        x, *saved = ctx.saved_tensors
-        inputs = [x, *saved]
+        x, *hidden = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()
         *grads, announced = grads
-        deltas: dict[int, Tensor] = {}
-        sums: dict[int, Tensor] = {}
+        feedback = None
         if announced is not None:
-            made = ctx.fed[0](saved)
-            deltas, sums = dict(enumerate(made[0])), dict(enumerate(made[1]))
-        for i, grad in enumerate(grads):
-            if grad is not None:
-                more = ops.gate(as_matrix(grad), as_matrix(saved[i]), *ctx.gates[i])
-                deltas[i] = deltas[i] + more[0] if i in deltas else more[0]
-                sums[i] = sums[i] + more[1] if i in sums else more[1]
-        count = len(saved)
-        needs = ctx.needs_input_grad[4:]
-        trained = [i for i in deltas if needs[i]]
-        columns = ([values[i] for i in trained] for values in (deltas, saved, inputs))
-        result: list[Tensor | None] = [None] * (2 * count)
-        for i, grad in zip(trained, LINEAR.weight_gradients(*columns), strict=True):
-            result[i] = grad
-        for i, total in sums.items():
-            if needs[count + i]:
-                dtype = ctx.bias_dtypes[i]
-                result[count + i] = total if total.dtype == dtype else total.to(dtype)
-        return None, None, None, None, *result
+            group, dense, of = ctx.fed[0]
+            feedback = (group, dense, of.error)
+        count = len(hidden)
+        needed = ctx.needs_input_grad[4:]
+        weights, sums = gradients(feedback, ctx.gates, x, hidden, grads, needed[:count])
+        biases = [
+            total.to(dtype) if total is not None and needs else None
+            for total, dtype, needs in zip(sums, ctx.bias_dtypes, needed[count:], strict=True)
+        ]
+        return None, None, None, None, *weights, *biases
 
     def functions_of(self, output: int) -> tuple[Edge, ...]:
         """The edges behind one output: its weight, and its bias where it has one."""

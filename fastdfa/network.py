@@ -18,9 +18,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import ops, plan
 from .accumulate import ANCHOR, accumulate, check_alone, unwatched
 from .activations import Gate
-from .broadcast import products
-from .chain import hooked, in_dtype_of_autocast, ready
-from .fused import LINEAR, as_matrix, autocast_dtype, saved_tensor_hooks_active
+from .chain import gradients, hooked, in_dtype_of_autocast, ready
+from .fused import as_matrix, autocast_dtype, saved_tensor_hooks_active
 from .layers import Linear
 from .tape import Tape
 
@@ -140,20 +139,22 @@ class _Network(torch.autograd.Function):
         if error is None:
             return *nothing, *[None] * (len(ctx.needs_input_grad) - 6)
         x, *hidden = ctx.saved_tensors
-        e, inputs = as_matrix(error), [as_matrix(x), *hidden]
+        ctx.maybe_clear_saved_tensors()
+        e, count = as_matrix(error), len(hidden) + 1
         group, dense, _ = ctx.feedback
-        deltas, sums = products(group, e, dense, group.fused, hidden)
-        weights = LINEAR.weight_gradients(deltas, hidden, inputs[:-1])
-        weights.append(e.t() @ inputs[-1])
-        sums.append(e)
+        written = ctx.written is not None
+        needed = [True] * count if written else ctx.needs_input_grad[6 : 6 + count]
+        head = e.t() @ hidden[-1] if needed[-1] else None
+        weights, sums = gradients((group, dense, e), [], x, hidden, [], needed)
+        weights.append(head)
         biases: list[Tensor | None] = []
-        for total, dtype in zip(sums, ctx.bias_dtypes, strict=True):
+        for total, dtype in zip([*sums, e], ctx.bias_dtypes, strict=True):
             if dtype is None:
                 biases.append(None)
                 continue
             total = e.sum(0) if total is e else total
             biases.append(total if total.dtype == dtype else total.to(dtype))
-        if ctx.written is not None:
+        if written:
             accumulate(ctx.written, weights + biases)
             return *nothing, None
         return *nothing, *weights, *biases

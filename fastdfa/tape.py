@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from .activations import Gate
 
 if TYPE_CHECKING:
+    from .broadcast import ChainFeedback
     from .stream import FirstPass
 
 
@@ -41,8 +42,6 @@ Edge = tuple[Node, int]
 
 # Holds, when a layer's turn has come, what makes delta and its sums from the matrix of `saved`.
 Fed = list[Callable[[Tensor], tuple[Tensor, Tensor]]]
-# The same of all layers of a chain that are fed.
-ChainFed = Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 
 
 class Affine(Protocol):
@@ -167,7 +166,7 @@ class Chain:
         self.input_version = inputs[0]._version
         self.outputs: tuple[Tensor, ...] = ()
         self.token: Tensor | None = None  # announces the feedback of all that were read
-        self.fed: list[ChainFed] = []
+        self.fed: list[ChainFeedback] = []  # one, where the chain is fed as one
         self.called = 1  # layers, of which the last is the newest
         self.readers: list[nn.Module] = []  # of the outputs of all of these, or of all but the last
         self.previous: Point | Chain | None = None

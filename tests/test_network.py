@@ -377,6 +377,53 @@ def test_nothing_is_kept_alive(until, monkeypatch):
         gc.enable()
 
 
+@pytest.mark.parametrize("rule", [RULE, fastdfa.Feedback(seed=1, shared=False)])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_chain_is_done_in_groups_from_the_top(whole, rule, monkeypatch):
+    """Of a whole network and of one that another layer follows; what is done with is freed."""
+    widths = [5, 12, 8, 9, 8, 7, 3]
+    sequential = mlp(widths).module
+    if not whole:
+        sequential.append(nn.Identity().train())
+        sequential[-1].register_forward_hook(lambda *args: None)
+    model = fastdfa.DFA(sequential, feedback=rule)
+    model.activations = ["tanh"] * 5 + ["none"]
+    step(model, X, G)
+    monkeypatch.setitem(plan.CHAIN_DELTA_BYTES, "cpu", 6 * 17 * 8)
+    hidden, lengths, freed = [], [], []
+    forward, backward = fastdfa.ops.linear_chain, fastdfa.ops.weight_gradients
+
+    def watched_forward(*args):
+        outputs = forward(*args)
+        hidden.extend(StorageWeakRef(h.untyped_storage()) for h in outputs)
+        return outputs
+
+    def watched_backward(deltas, inputs):
+        lengths.append(len(deltas))
+        freed.append([h.expired() for h in hidden])
+        return backward(deltas, inputs)
+
+    monkeypatch.setattr(fastdfa.ops, "linear_chain", watched_forward)
+    monkeypatch.setattr(fastdfa.ops, "weight_gradients", watched_backward)
+    model.zero_grad()
+    for again in (False, True):
+        hidden.clear(), lengths.clear(), freed.clear()
+        y = model(X)
+        assert is_one_node(y) == whole
+        loss = (y * G).sum()
+        del y
+        loss.backward(retain_graph=again)
+        assert lengths == [2, 2, 1]
+        if not again:
+            expected = gradients(model)
+            assert_close(expected, expected_gradients(model, X, G))
+            if fastdfa.gemm.library() == "fastdfa":  # else all outputs may be one buffer
+                assert [sum(row) for row in freed] == [0, 2, 4]
+    loss.backward()
+    for name, grad in gradients(model).items():
+        assert_close(grad, 3 * expected[name])
+
+
 # Gradients written directly -------------------------------------------------------------------
 
 

@@ -55,15 +55,11 @@ def _run(
     """The layers from `first` on whose output goes straight into another, and their gates.
 
     An `nn.Identity` between them, as `convert` leaves for an activation, passes it on as it is.
-    As many as the workspace holds: their deltas exist at a time, and their activations are freed
-    together. Where one layer fills it, Python between layers costs nothing that counts.
     """
     modules = [] if sequential is None else list(sequential._modules.values())
     if place >= len(modules) or modules[place] is not first:
         return [], []
     kind, memory, width = type(first), (x.dtype, x.device), x.shape[-1]
-    row_bytes = x.dtype.itemsize * (x.numel() // max(width, 1))
-    room = plan.workspace(x.device)
     layers, gates = [], []
     modules = [module for module in modules[place:] if type(module) is not nn.Identity]
     for layer, reader in pairwise(modules):
@@ -73,9 +69,6 @@ def _run(
         if gate is None or (weight.dtype, weight.device) != memory or weight.shape[1] != width:
             break
         width = weight.shape[0]
-        room -= row_bytes * width
-        if room < 0:
-            break
         layers.append(layer)
         gates.append(gate)
     return layers, gates

@@ -23,7 +23,7 @@ _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped
 
 _MADE_AGAIN = (
     "_layout", "_scales", "_streams", "_cache", "_seed_version", "_plan", "_network",
-    "_names", "_in_sequentials",
+    "_in_vain", "_names", "_in_sequentials",
 )  # fmt: skip
 
 
@@ -62,12 +62,12 @@ class DFA(nn.Module):
             Nothing is cut after it: what follows trains by backprop. There is one error: a model
             of several heads concatenates their outputs in a submodule, which is named here.
         allow_bypass: accept paths that carry feedback past a cut, such as `h + layer(h)`.
-        direct_gradients: where `module` is an nn.Sequential of fastdfa.Linear whose hidden
-            activations fit the workspace (4 MiB on the CPU, 32 MiB on CUDA), backward writes
+        direct_gradients: where `module` is an nn.Sequential of fastdfa.Linear, backward writes
             `.grad` itself, round autograd's accumulation, which takes 3 us a parameter. Then
             `torch.autograd.grad` finds no parameter, `backward(inputs=...)` cannot leave any out,
-            and several processes (DistributedDataParallel, FSDP) are refused. A network with hooks
-            on gradients of parameters trains as without this option.
+            and several processes (DistributedDataParallel, FSDP) are refused; on CUDA, call
+            backward on the stream of the forward pass. A network with hooks on gradients of
+            parameters trains as without this option.
 
     Buffers: `seed`, int64: the one source of randomness of B. It is in the checkpoint, B is not.
         The host reads it only after it was written. DistributedDataParallel writes it in every
@@ -188,6 +188,9 @@ class DFA(nn.Module):
         """Returns y with the backward of DFA behind it."""
         check_output(y, self.output)
         units = tape.in_order()
+        for unit in units:
+            if isinstance(unit, Chain) and unit.called < len(unit.layers):
+                self._in_vain.update(unit.layers)
         seed = self.read_seed()
         if torch.compiler.is_compiling():  # a traced plan is part of the graph
             made = self._planned(tape, units, y, None, seed)
@@ -444,8 +447,9 @@ class DFA(nn.Module):
         return names
 
     def place(self, layer: nn.Module) -> tuple[nn.Sequential | None, int]:
-        """In which `nn.Sequential` a layer stands, and where."""
-        return self._in_sequentials.get(layer, (None, 0))
+        """In which `nn.Sequential` a layer stands, and where; unless in an earlier pass it was
+        computed ahead among layers whose calls did not come."""
+        return (None, 0) if layer in self._in_vain else self._in_sequentials.get(layer, (None, 0))
 
     def _find_names(self) -> None:
         self._names: dict[nn.Module, str] = {}
@@ -478,6 +482,7 @@ class DFA(nn.Module):
         self._seed_version: tuple[Tensor, int] | None = None
         self._plan: plan.Plan | None = None
         self._network: network.Planned | None = None
+        self._in_vain: set[nn.Module] = set()
         self._find_names()
         self._install_tap()
 

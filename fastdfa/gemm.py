@@ -26,6 +26,8 @@ _DTYPES = (torch.float32, torch.float64)
 # products, one of 32x256, batch 256, 0.98, in bfloat16 0.71 and 0.93; but 16x512 1.03 and 0.99, and
 # 4x1024, batch 128, 1.10 and 1.02, as two threads have three products there.
 _BATCHED_ELEMENTS = {"cpu": 2**16, "cuda": 2**21}
+# Bytes of outputs that may share one buffer, and so are freed together.
+_BUFFER_BYTES = {"cpu": 2**20, "cuda": 32 * 2**20}
 
 
 @cache
@@ -61,15 +63,19 @@ def memory_of_outputs(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor | Non
     """Where the outputs [M, n_l] of a chain go: neighbours of one width into one buffer.
 
     So the inputs and (see ProjectGateWork) the deltas of their readers lie at equal distances, and
-    one batched product makes the weight gradients. None: into memory of its own. The buffer lives
-    as long as one of its outputs, and those of a chain are freed together anyway.
+    one batched product makes the weight gradients. None: into memory of its own.
     """
     if torch.compiler.is_compiling():  # inductor plans memory itself
         return [None] * len(weights)
     memory: list[Tensor | None] = []
+    most = _BUFFER_BYTES.get(x.device.type, 0)
     for width, run in groupby(len(weight) for weight in weights):
-        count = len(list(run))
-        memory += x.new_empty(count, len(x), width).unbind() if count > 1 else [None]
+        left = len(list(run))
+        together = max(1, most // max(len(x) * width * x.itemsize, 1))
+        while left > 0:
+            count = min(left, together)
+            memory += x.new_empty(count, len(x), width).unbind() if count > 1 else [None]
+            left -= count
     return memory
 
 

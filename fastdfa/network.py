@@ -54,7 +54,7 @@ def find(root: DFA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | 
         return None
     if saved_tensor_hooks_active():
         return None
-    network = _layers(sequential, x)
+    network = _layers(sequential)
     if network is None:
         return None
     tf32 = ops.allow_tf32(x.device, x.dtype)
@@ -62,13 +62,13 @@ def find(root: DFA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | 
     return network._replace(direct=root.direct_gradients, key=(*network.key, *settings))
 
 
-def _layers(sequential: nn.Sequential, x: Tensor) -> Network | None:
+def _layers(sequential: nn.Sequential) -> Network | None:
     """Hidden layers whose gates are known and a head without one, if that is all there is.
 
     What does not fit together otherwise (widths, dtypes, devices) the ops refuse.
     """
     layers, gates, key = [], [], []
-    features, gate = 0, None
+    gate = None
     for module in sequential._modules.values():
         if type(module) is not Linear:
             if type(module) is nn.Identity and not hooked(module):
@@ -80,15 +80,10 @@ def _layers(sequential: nn.Sequential, x: Tensor) -> Network | None:
         if weight is None:
             return None
         layers.append(module)
-        shape = weight.shape
-        key += (module, gate, shape, module._parameters["bias"] is None)
+        key += (module, gate, weight.shape, module._parameters["bias"] is None)
         if gate is not None:
             gates.append(gate)
-            features += shape[0]
     if not gates or gate is not None or layers[-1]._modules.get("activation") is not None:
-        return None
-    rows = x.numel() // max(x.shape[-1], 1)
-    if rows * features * x.dtype.itemsize > plan.workspace(x.device):
         return None
     return Network(layers, gates, False, tuple(key))
 

@@ -75,8 +75,7 @@ class StreamingStep:
         Raises:
             TypeError, ValueError, RuntimeError: before anything is updated, for all that an
                 ordinary step refuses, and for gradients that are there already, inputs that require
-                grad or are modified in place, a loss that reaches into the model (looked for
-                in the first step alone: it must not begin to later), a model called
+                grad or are modified in place, a loss that reaches into the model, a model called
                 never or twice, inside `backprop`, `no_grad`, `DistributedDataParallel` or the
                 capture of a CUDA graph. In the middle of the step, where the second pass reads
                 other points than the first, or where the optimizer or a layer's backward fails:
@@ -240,7 +239,8 @@ class _Reading(NamedTuple):
 class FirstPass(Tape):
     """The pass that gives the error. It saves nothing, and notes which layers read what.
 
-    A survey has gradients enabled, so that there is a graph, but drops what autograd would save.
+    There is a graph behind each activation, without what autograd would save: a loss that reaches
+    into it fails. A survey keeps the graph to its end, else it goes with the activation.
     """
 
     looks_ahead = False  # that would keep activations
@@ -269,12 +269,9 @@ class FirstPass(Tape):
     @contextmanager
     def mode(self) -> Iterator[None]:
         ended = self._ended  # the hooks must not hold self, as they are held by its graph
-        with torch.set_grad_enabled(self.survey):
-            if not self.survey:
-                yield
-                return
-            with saved_tensors_hooks(lambda x: x.detach() if ended else None, _unpack):
-                yield
+        drop = saved_tensors_hooks(lambda x: x.detach() if ended else None, _unpack)
+        with torch.enable_grad(), drop:
+            yield
 
     @_eagerly
     def passed(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> None:
@@ -283,9 +280,10 @@ class FirstPass(Tape):
 
     @_eagerly
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
-        edge = None if x in self._cut else get_gradient_edge(x)
+        edge = get_gradient_edge(x) if self.survey and x not in self._cut else None
         reading = self._read(layer, x, rows, features, edge)
-        self._cut.setdefault(x, reading)
+        if self.survey:
+            self._cut.setdefault(x, reading)
         return x.detach()
 
     def _read(
@@ -308,7 +306,6 @@ class FirstPass(Tape):
             self.readings = [reading._replace(edge=None) for reading in self.readings]
         self._ended.append(True)
         self.output = y.detach().requires_grad_()
-        torch.set_grad_enabled(True)  # for what follows a tap
         return self.output
 
 

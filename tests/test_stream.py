@@ -682,26 +682,29 @@ def test_rows_that_fit_no_point(model):
         assert_close(values(sums, step.optimizer), before, 0)
 
 
-def test_a_loss_that_reaches_into_the_model():
-    class Auxiliary(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.head = linear(5, 8), linear(8, 3)
-
-        def forward(self, x):
-            self.h = torch.tanh(self.first(x))
-            return self.head(self.h)
-
-    model = fastdfa.DFA(Auxiliary(), feedback=RULE)
+@pytest.mark.parametrize("steps_before", [0, 1, 2])
+@pytest.mark.parametrize("read", ["0", "1", "2.0", "2", "3"])
+def test_a_loss_that_reaches_into_the_model(read, steps_before):
+    """Refused in every step: its gradient would be lost in silence."""
+    block = nn.Sequential(nn.Linear(8, 8), nn.Tanh()).double()
+    fused = [fastdfa.Linear(n, 8, activation=f).double() for n, f in ((5, "tanh"), (8, "gelu"))]
+    layers = [*fused, block, linear(8, 8), linear(8, 3)]
+    model = fastdfa.DFA(nn.Sequential(*layers), feedback=RULE)
+    seen = []
+    model.module.get_submodule(read).register_forward_hook(lambda *args: seen.append(args[-1]))
 
     def loss():
-        return (model(X) * G).sum() + model.module.h.square().sum()
+        return (model(X) * G).sum() + seen[0].square().sum()
 
     step = fastdfa.StreamingStep(model, sgd(model.parameters()))
+    for _ in range(steps_before):
+        step(lambda: (model(X) * G).sum())
+    seen.clear()
     before = values(model, step.optimizer)
     with refused(["loss", "reaches into", "output=name"], RuntimeError):
         step(loss)
     assert_close(values(model, step.optimizer), before, 0)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_model_that_is_not_the_same_twice():

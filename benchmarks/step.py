@@ -6,13 +6,17 @@ pass and of the weight gradients, by bare `torch.mm` into fresh outputs.
 
     python benchmarks/step.py [--quick] [--device cuda]
 
-On CUDA also with the whole step captured in a CUDA graph, which leaves launches out.
+On CUDA also with the whole step captured in a CUDA graph, which leaves launches out, and compiled
+with CUDA graphs of its own (`reduce-overhead`) and with products chosen by measurement
+(`max-autotune`). BioTorch (arXiv 2108.13446) is a side where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,21 +49,27 @@ INPUTS, CLASSES = 784, 10
 
 
 class Case(NamedTuple):
-    """A multilayer perceptron INPUTS-width x depth-CLASSES, tanh, and a batch."""
+    """A multilayer perceptron INPUTS-width x depth-classes, tanh, and a batch.
+
+    `autocast`: float32 weights and inputs, whose products are made in `dtype`.
+    """
 
     depth: int
     width: int
     batch: int
     dtype: str = "float32"
+    autocast: bool = False
+    classes: int = CLASSES
 
     @property
     def name(self) -> str:
         dtype = "" if self.dtype == "float32" else f", {self.dtype}"
-        return f"{self.depth}x{self.width} / {self.batch}{dtype}"
+        autocast = " autocast" if self.autocast else ""
+        return f"{self.depth}x{self.width} / {self.batch}{dtype}{autocast}"
 
     @property
     def widths(self) -> list[int]:
-        return [INPUTS, *[self.width] * self.depth, CLASSES]
+        return [INPUTS, *[self.width] * self.depth, self.classes]
 
     @property
     def limit_flop(self) -> int:
@@ -84,6 +94,13 @@ SWEEP = [
     Case(8, 2048, 256),
     Case(4, 4096, 256),
 ]
+# Other dtypes: autocast with float32 weights, as bfloat16 is trained in; and double precision.
+DTYPES = [
+    Case(32, 128, 64, "bfloat16", autocast=True),
+    Case(4, 1024, 256, "bfloat16", autocast=True),
+    Case(8, 2048, 256, "bfloat16", autocast=True),
+    Case(4, 1024, 256, "float64"),
+]
 QUICK = [Case(16, 256, 128), Case(4, 1024, 512)]
 # Its peak memory is a target of its own.
 MEMORY = [Case(16, 512, 8192)]
@@ -99,14 +116,21 @@ CUDA_SWEEP = [
 CUDA_QUICK = CUDA_SWEEP[:2]
 CUDA_MEMORY = [Case(16, 512, 8192), Case(16, 2048, 16384, "bfloat16")]
 GRAPHED = ["backprop", "backprop compiled", "fastdfa", "fastdfa compiled", "limit"]
+MODES = ["reduce-overhead", "max-autotune"]  # of torch.compile, on CUDA
+BIOTORCH = "BioTorch"
 COLOURS = {
+    BIOTORCH: "#b86b4b",
     "backprop compiled": "#9aa5b1",
+    "backprop, reduce-overhead": "#b3bcc6",
+    "backprop, max-autotune": "#d6dbe0",
     "backprop, graph": "#c9ced6",
     "backprop compiled, graph": "#e3e6ea",
     "PyTorch DFA loop": "#e0b050",
     "limit": "#333333",
     "fastdfa, torch.mm": "#a8d5e2",
     "fastdfa compiled": "#63b0c9",
+    "fastdfa, reduce-overhead": "#4a9cb8",
+    "fastdfa, max-autotune": "#2f86a5",
     "fastdfa": "#1f6f8b",
     "fastdfa, graph": "#0d3c4c",
 }
@@ -140,6 +164,18 @@ class AutogradStep:
     def clear(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def autocast(
+    forward: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """The forward pass under autocast; its result in float32, as torch's own losses take it."""
+
+    def under_autocast(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype):
+            return forward(x).float()
+
+    return under_autocast
 
 
 def graphed(step: Step) -> Step:
@@ -185,29 +221,71 @@ def by_torch_mm(step: Step) -> Step:
     return with_torch_mm
 
 
-def loop_step(case: Case, x: Tensor, y: Tensor) -> Step:
-    """DFA as one writes it by hand in PyTorch, without autograd and with nothing to spare."""
-    model = network(case, nn.Linear).to(x)
-    layers = [m for m in model if isinstance(m, nn.Linear)]
-    weights = [layer.weight.detach() for layer in layers]
-    biases = [layer.bias.detach() for layer in layers]
-    scale = (case.width * CLASSES) ** -0.5
-    feedback = (torch.randn(CLASSES, case.width) * scale).to(x)
+class Loop:
+    """DFA as one writes it by hand in PyTorch, without autograd and with nothing to spare.
 
-    def step() -> list[Tensor]:
-        hidden = [x]
-        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+    Args:
+        layers: of the network, all hidden ones of one width and followed by tanh.
+        feedback: B [classes, width], of all layers.
+        dtype: of products and activations, where that is not the dtype of the weights.
+    """
+
+    def __init__(self, layers: list[nn.Linear], feedback: Tensor, dtype: torch.dtype):
+        self.weights = [layer.weight.detach() for layer in layers]
+        self.biases = [layer.bias.detach() for layer in layers]
+        self.feedback, self.dtype = feedback.to(dtype), dtype
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The loss of inputs x [batch, features] and labels y; the gradients, as the parameters."""
+        *weights, head = cast(self.weights, self.dtype)
+        *biases, head_bias = cast(self.biases, self.dtype)
+        hidden = list(cast([x], self.dtype))
+        for weight, bias in zip(weights, biases, strict=True):
             hidden.append(torch.tanh(torch.addmm(bias, hidden[-1], weight.t())))
-        y_hat = torch.addmm(biases[-1], hidden[-1], weights[-1].t()).requires_grad_()
-        (error,) = torch.autograd.grad(F.cross_entropy(y_hat, y), y_hat)
-        grads = [error.t() @ hidden[-1], error.sum(0)]
-        projection = error @ feedback  # once: all layers share B and have one width
+        (y_hat,) = cast([torch.addmm(head_bias, hidden[-1], head.t())], x.dtype)
+        loss = F.cross_entropy(y_hat.requires_grad_(), y)
+        (error,) = cast(torch.autograd.grad(loss, y_hat), self.dtype)
+        projection = error @ self.feedback  # once: all layers share B and have one width
+        grads = []
         for h, below in zip(hidden[1:], hidden[:-1], strict=True):
             delta = torch.ops.aten.tanh_backward(projection, h)
             grads += [delta.t() @ below, delta.sum(0)]
-        return grads
+        grads += [error.t() @ hidden[-1], error.sum(0)]
+        return loss.detach(), cast(grads, x.dtype)
 
-    return step
+
+def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Tensors of one dtype in another. Where they are in it, not one call is made."""
+    return tensors if tensors[0].dtype == dtype else [tensor.to(dtype) for tensor in tensors]
+
+
+def loop_step(case: Case, x: Tensor, y: Tensor) -> Step:
+    layers = [m for m in network(case, nn.Linear).to(x) if isinstance(m, nn.Linear)]
+    feedback = torch.randn(case.classes, case.width) * (case.width * case.classes) ** -0.5
+    loop = Loop(layers, feedback.to(x.device), getattr(torch, case.dtype))
+    return lambda: loop(x, y)
+
+
+@cache
+def biotorch() -> Callable[..., nn.Module] | None:
+    """BioTorch's wrapper of a network, or None and one line where it cannot be imported."""
+    try:
+        from biotorch.module.biomodule import BioModule
+    except ImportError as error:
+        console.print(
+            f"{BIOTORCH} is left out: {error}. To measure it: pip install --no-deps biotorch",
+            style="yellow",
+            markup=False,
+        )
+        return None
+    return BioModule
+
+
+def biotorch_step(case: Case, x: Tensor, y: Tensor, wrapper: Callable[..., nn.Module]) -> Step:
+    """BioTorch takes targets and loss in the forward pass, and the loss is taken once more."""
+    with contextlib.redirect_stdout(None):  # it prints what it converts
+        model = wrapper(network(case, nn.Linear), mode="dfa", output_dim=case.classes).to(x)
+    return AutogradStep(model, lambda x: model(x, y, F.cross_entropy), x, y)
 
 
 def limit_step(case: Case, x: Tensor) -> Step:
@@ -232,21 +310,32 @@ def steps_of(case: Case, compiled: bool = True, device: str = "cpu") -> dict[str
     """Every way to make a step of this size, by name."""
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
-    x = torch.randn(case.batch, INPUTS).to(device, dtype)
-    y = torch.randint(CLASSES, (case.batch,)).to(device)
+    x = torch.randn(case.batch, INPUTS).to(device, torch.float32 if case.autocast else dtype)
+    y = torch.randint(case.classes, (case.batch,)).to(device)
     plain, dfa = network(case, nn.Linear).to(x), fused_network(case).to(x)
+
+    def step_of(model: nn.Module, forward: Callable[[Tensor], Tensor]) -> Step:
+        return AutogradStep(model, autocast(forward, dtype) if case.autocast else forward, x, y)
+
     steps: dict[str, Step] = {
-        "backprop": AutogradStep(plain, plain, x, y),
+        "backprop": step_of(plain, plain),
         "PyTorch DFA loop": loop_step(case, x, y),
-        "fastdfa": AutogradStep(dfa, dfa, x, y),
+        "fastdfa": step_of(dfa, dfa),
     }
+    # Under autocast its backward pass multiplies two dtypes, an error.
+    if not case.autocast and (wrapper := biotorch()):
+        steps[BIOTORCH] = biotorch_step(case, x, y, wrapper)
     if device == "cpu":
-        steps["fastdfa, torch.mm"] = by_torch_mm(AutogradStep(dfa, dfa, x, y))
-    steps["limit"] = limit_step(case, x)
+        steps["fastdfa, torch.mm"] = by_torch_mm(step_of(dfa, dfa))
+    steps["limit"] = limit_step(case, x.to(dtype))
     if compiled:
         torch._dynamo.reset()
-        steps["backprop compiled"] = AutogradStep(plain, torch.compile(plain), x, y)
-        steps["fastdfa compiled"] = AutogradStep(dfa, torch.compile(dfa), x, y)
+        steps["backprop compiled"] = step_of(plain, torch.compile(plain))
+        steps["fastdfa compiled"] = step_of(dfa, torch.compile(dfa))
+    if compiled and device != "cpu":
+        for mode in MODES:
+            steps[f"backprop, {mode}"] = step_of(plain, torch.compile(plain, mode=mode))
+            steps[f"fastdfa, {mode}"] = step_of(dfa, torch.compile(dfa, mode=mode))
     if device != "cpu":
         steps |= {f"{name}, graph": graphed(steps[name]) for name in GRAPHED if name in steps}
     return steps
@@ -256,9 +345,7 @@ def measure(
     case: Case, rounds: int, seconds: float, compiled: bool, device: str = "cpu"
 ) -> dict[str, Any]:
     """One row: milliseconds, time relative to backprop and to the limit, peak memory."""
-    steps, failed = steps_of(case, compiled, device), {}
-    if device != "cpu":
-        steps, failed = working(steps, case.name)
+    steps, failed = working(steps_of(case, compiled, device), case.name)
     times = interleaved(steps, rounds, seconds, device)
     milliseconds = {name: spread([1e3 * t for t in values]) for name, values in times.items()}
     bases = {"to_backprop": "backprop", "to_limit": "limit", "to_graph": "backprop, graph"}
@@ -273,7 +360,7 @@ def measure(
         },
         "limit_gflops": case.limit_flop / milliseconds["limit"].median / 1e6,
         "peak_mib": _memory(steps, device),
-        **({"failed": failed} if device != "cpu" else {}),
+        "failed": failed,
     }
 
 
@@ -365,7 +452,7 @@ def on_cpu(options: argparse.Namespace) -> None:
     seconds = 0.1 if options.quick else 0.3
     rate = gemm_rate()
     rows = []
-    for case in QUICK if options.quick else SWEEP:
+    for case in QUICK if options.quick else SWEEP + DTYPES:
         console.print(f"measuring {case.name} ...", style="dim")
         rows.append(measure(case, options.rounds, seconds, not options.no_compile))
     memory = [measure_memory(case) for case in MEMORY]

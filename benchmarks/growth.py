@@ -1,0 +1,134 @@
+"""How the time of a training step grows with width, depth, batch and classes, all else fixed.
+
+    python benchmarks/growth.py [--quick] [--device cuda]
+
+The sides are those of step.py, eager. Where the loss and the head take most of the time, as with
+50,000 classes, DFA has nothing to leave out: the projection e B costs what the gradient of the last
+hidden layer would.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from common import (
+    Budget,
+    add_arguments,
+    check_device,
+    console,
+    interleaved,
+    keep_freed_memory,
+    ratios,
+    result_name,
+    save,
+    spread,
+    working,
+)
+from rich.table import Table
+from step import COLOURS, Case, steps_of
+
+SIDES = ["backprop", "PyTorch DFA loop", "fastdfa, torch.mm", "fastdfa"]
+# What grows, and the cases: the field of that name is the horizontal axis.
+SWEEPS = {
+    "width": [Case(8, width, 128) for width in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)],
+    "depth": [Case(depth, 256, 128) for depth in (1, 2, 4, 8, 16, 32, 64, 128)],
+    "batch": [Case(8, 512, batch) for batch in (1, 4, 16, 64, 256, 1024, 4096)],
+    "classes": [
+        Case(4, 512, 64, classes=classes) for classes in (2, 10, 100, 1000, 10_000, 50_000)
+    ],
+}
+QUICK = {name: [cases[0], cases[-2]] for name, cases in SWEEPS.items()}
+LABELS = {
+    "width": "width, of 8 layers, batch 128",
+    "depth": "hidden layers of 256, batch 128",
+    "batch": "batch, 8 layers of 512",
+    "classes": "classes, 4 layers of 512, batch 64",
+}
+
+
+def measure(sweep: str, case: Case, rounds: int, seconds: float, device: str) -> dict[str, Any]:
+    """One row: milliseconds, and time relative to backprop."""
+    name = f"{sweep} {getattr(case, sweep)}"
+    console.print(f"measuring {name} ...", style="dim")
+    made = steps_of(case, compiled=False, device=device)
+    steps, failed = working({side: made[side] for side in SIDES if side in made}, name)
+    times = interleaved(steps, rounds, seconds, device)
+    return {
+        "sweep": sweep,
+        "case": name,
+        **case._asdict(),
+        "milliseconds": {n: spread([1e3 * t for t in ts])._asdict() for n, ts in times.items()},
+        "to_backprop": {n: r._asdict() for n, r in ratios(times, "backprop").items()},
+        "failed": failed,
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Speeds, eager backprop = 1."""
+    table = Table(title="Speed of a training step, eager backprop = 1")
+    table.add_column("")
+    for name in ["backprop ms", *SIDES[1:]]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        ratio = row["to_backprop"]
+        speeds = [f"{1 / ratio[side]['median']:.2f}" if side in ratio else "-" for side in SIDES[1:]]
+        table.add_row(row["case"], f"{row['milliseconds']['backprop']['median']:.2f}", *speeds)
+    console.print(table)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Four panels of speed; what lies below 1, where backprop is faster, is grey."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), sharey=True)
+    for sweep, axes in zip(SWEEPS, panels.flat, strict=True):
+        for side in SIDES[1:]:
+            found = [r for r in rows if r["sweep"] == sweep and side in r["to_backprop"]]
+            where = [row[sweep] for row in found]
+            ratio = [row["to_backprop"][side] for row in found]
+            speed = [1 / r["median"] for r in ratio]
+            axes.plot(where, speed, "o-", markersize=4, label=side, color=COLOURS[side])
+            low, high = [1 / r["high"] for r in ratio], [1 / r["low"] for r in ratio]
+            axes.fill_between(where, low, high, color=COLOURS[side], alpha=0.2, linewidth=0)
+        axes.axhspan(0, 1, color="0.93", zorder=0)
+        axes.axhline(1, color="0.3", linewidth=0.8)
+        axes.set_xscale("log", base=10 if sweep == "classes" else 2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(LABELS[sweep])
+        axes.set_ylim(0, None)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("speed of a step, eager backprop = 1")
+    panels[0, 0].text(0.02, 0.03, "backprop is faster", transform=panels[0, 0].transAxes, size=8)
+    panels[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two points of each, half a minute")
+    add_arguments(parser, rounds=7)
+    options = parser.parse_args()
+    check_device(options.device)
+    keep_freed_memory()
+    seconds = 0.05 if options.quick else 0.2
+    budget, rows = Budget(options.budget), []
+    for sweep, cases in (QUICK if options.quick else SWEEPS).items():
+        for case in cases:
+            if budget.allows(f"{sweep} {getattr(case, sweep)}"):
+                rows.append(measure(sweep, case, options.rounds, seconds, options.device))
+    show(rows)
+    name = result_name("growth", options.device, options.quick)
+    path = save(name, rows, options.out, options.device, left_out=budget.left_out)
+    draw(rows, path.with_suffix(".png"))
+    console.print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The benchmark of growth: in each sweep one thing changes, and all of it is written."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import growth
+from step import Case
+
+
+@pytest.mark.parametrize("sweep", growth.SWEEPS)
+def test_one_thing_changes(sweep):
+    cases = growth.SWEEPS[sweep]
+    fixed = {tuple(v for k, v in case._asdict().items() if k != sweep) for case in cases}
+    values = [getattr(case, sweep) for case in cases]
+    assert len(fixed) == 1 and values == sorted(set(values)) and len(values) > 4
+
+
+def test_growth_is_written_as_it_is_measured(tmp_path, monkeypatch):
+    small = Case(2, 16, 4)
+    changed = {"width": 8, "depth": 3, "batch": 2, "classes": 5}
+    quick = {name: [small, small._replace(**{name: n})] for name, n in changed.items()}
+    monkeypatch.setattr(growth, "QUICK", quick)
+    options = ["--quick", "--rounds", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["growth.py", *options])
+    growth.main()
+    rows = json.loads((tmp_path / "growth-quick.json").read_text())["rows"]
+    assert [row["sweep"] for row in rows] == [name for name in changed for _ in range(2)]
+    for row in rows[1::2]:
+        assert row[row["sweep"]] == changed[row["sweep"]]
+        assert row["to_backprop"].keys() == set(growth.SIDES) and not row["failed"]
+    assert (tmp_path / "growth-quick.png").stat().st_size > 1000

@@ -73,7 +73,9 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         ratio = row["to_backprop"]
-        speeds = [f"{1 / ratio[side]['median']:.2f}" if side in ratio else "-" for side in SIDES[1:]]
+        speeds = [
+            f"{1 / ratio[side]['median']:.2f}" if side in ratio else "-" for side in SIDES[1:]
+        ]
         table.add_row(row["case"], f"{row['milliseconds']['backprop']['median']:.2f}", *speeds)
     console.print(table)
 

@@ -37,18 +37,24 @@ def where(machine: dict[str, Any]) -> str:
     )
 
 
+def speed_of(ratio: dict[str, float] | None) -> str:
+    """Of a time relative to backprop's; a dash where it was not measured."""
+    return "-" if ratio is None else times(1 / ratio["median"])
+
+
 def step() -> str:
     """Speed of a step over sizes, and the peak memory of one."""
     results = read("step")
-    names = ["backprop compiled", "PyTorch DFA loop", "limit", "fastdfa, torch.mm", "fastdfa"]
+    names = ["backprop compiled", "PyTorch DFA loop", "BioTorch", "limit", "fastdfa, torch.mm"]
+    names += ["fastdfa", "fastdfa, direct"]
     rows = []
     for row in results["rows"]:
-        speed = [times(1 / row["to_backprop"][name]["median"]) for name in names]
+        speed = [speed_of(row["to_backprop"].get(name)) for name in names]
         of_limit = f"{1 / row['to_limit']['fastdfa, torch.mm']['median']:.2f}"
         memory = f"{row['peak_mib']['fastdfa']:.0f} / {row['peak_mib']['backprop']:.0f}"
         rows.append([row["case"], *speed, of_limit, memory])
-    head = ["hidden layers x width / batch", "backprop, compiled", "PyTorch loop", "limit"]
-    head += ["fastdfa, `torch.mm`", "**fastdfa**", "`torch.mm`, of limit"]
+    head = ["hidden layers x width / batch", "backprop, compiled", "PyTorch loop", "BioTorch"]
+    head += ["limit", "fastdfa, `torch.mm`", "**fastdfa**", "direct", "`torch.mm`, of limit"]
     head += ["peak MiB, fastdfa / backprop"]
     big = results["memory"][0]
     return (

@@ -118,6 +118,7 @@ CUDA_MEMORY = [Case(16, 512, 8192), Case(16, 2048, 16384, "bfloat16")]
 GRAPHED = ["backprop", "backprop compiled", "fastdfa", "fastdfa compiled", "limit"]
 MODES = ["reduce-overhead", "max-autotune"]  # of torch.compile, on CUDA
 BIOTORCH = "BioTorch"
+SMALL = 256  # up to here Python and autograd count, and so do gradients written round it
 COLOURS = {
     BIOTORCH: "#b86b4b",
     "backprop compiled": "#9aa5b1",
@@ -132,6 +133,7 @@ COLOURS = {
     "fastdfa, reduce-overhead": "#4a9cb8",
     "fastdfa, max-autotune": "#2f86a5",
     "fastdfa": "#1f6f8b",
+    "fastdfa, direct": "#155066",
     "fastdfa, graph": "#0d3c4c",
 }
 
@@ -144,10 +146,10 @@ def network(case: Case, linear: type[nn.Linear]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def fused_network(case: Case) -> fastdfa.DFA:
+def fused_network(case: Case, **options: Any) -> fastdfa.DFA:
     *hidden, (inputs, outputs) = zip(case.widths[:-1], case.widths[1:], strict=True)
     layers = [fastdfa.Linear(k, n, activation="tanh") for k, n in hidden]
-    return fastdfa.DFA(nn.Sequential(*layers, fastdfa.Linear(inputs, outputs)))
+    return fastdfa.DFA(nn.Sequential(*layers, fastdfa.Linear(inputs, outputs)), **options)
 
 
 class AutogradStep:
@@ -166,9 +168,7 @@ class AutogradStep:
             parameter.grad = None
 
 
-def autocast(
-    forward: Callable[[Tensor], Tensor], dtype: torch.dtype
-) -> Callable[[Tensor], Tensor]:
+def autocast(forward: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The forward pass under autocast; its result in float32, as torch's own losses take it."""
 
     def under_autocast(x: Tensor) -> Tensor:
@@ -322,6 +322,9 @@ def steps_of(case: Case, compiled: bool = True, device: str = "cpu") -> dict[str
         "PyTorch DFA loop": loop_step(case, x, y),
         "fastdfa": step_of(dfa, dfa),
     }
+    if case.width <= SMALL:
+        direct = fused_network(case, direct_gradients=True).to(x)
+        steps["fastdfa, direct"] = step_of(direct, direct)
     # Under autocast its backward pass multiplies two dtypes, an error.
     if not case.autocast and (wrapper := biotorch()):
         steps[BIOTORCH] = biotorch_step(case, x, y, wrapper)

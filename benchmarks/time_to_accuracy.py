@@ -32,8 +32,6 @@ from rich.table import Table
 from step import COLOURS, Loop
 from torch import Tensor, nn
 
-from fastdfa import DFA
-
 RATES = (3e-4, 1e-3, 3e-3)
 RATE_EPOCHS = 5
 
@@ -49,8 +47,8 @@ class Task(NamedTuple):
 COMMON = "--schedule constant --batch 128 --activation tanh --depth 2"
 TASKS = {
     "digits": Task((0.93, 0.96), 20, f"{COMMON} --width 256 --input-dropout 0.1"),
-    "mnist": Task((0.97, 0.98, 0.983), 15, f"{COMMON} --width 1024 --input-dropout 0.3"),
-    "cifar10": Task((0.45, 0.48, 0.5), 12, f"{COMMON} --width 1024 --input-dropout 0.2"),
+    "mnist": Task((0.97, 0.98, 0.983), 10, f"{COMMON} --width 1024 --input-dropout 0.3"),
+    "cifar10": Task((0.45, 0.48, 0.5), 8, f"{COMMON} --width 1024 --input-dropout 0.2"),
 }
 
 
@@ -287,12 +285,14 @@ def main() -> None:
         seeds = [int(seed) for seed in options.seeds.split(",")][: 1 if options.quick else None]
         task = TASKS[options.dataset]
         name = f"accuracy-{options.dataset}{'-quick' * options.quick}"
+        config = configured(options.dataset, options)
+        network = f"{config.depth}x{config.width}"
         rows = kept(options.out / f"{name}.json", seeds)
         for seed in seeds:
             rows += measure(options.dataset, seed, options)
             rows.sort(key=lambda row: (row["seed"], list(SIDES).index(row["side"])))
             # After every seed: a run that is stopped leaves what it has measured.
-            path = save(name, rows, options.out, **task._asdict())
+            path = save(name, rows, options.out, network=network, **task._asdict())
     except (DataError, train.UsageError, ValueError) as error:
         raise SystemExit(f"time_to_accuracy.py: {error}") from None
     show(rows, task.targets)

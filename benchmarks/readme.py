@@ -89,6 +89,8 @@ def dtypes() -> str:
 
 def growth() -> str:
     """Speed over what grows, and where backprop is faster."""
+    if not measured("growth"):
+        return "How the cost grows: not measured yet."
     results = read("growth")
     sweeps: dict[str, list[dict[str, Any]]] = {}
     for row in results["rows"]:
@@ -120,6 +122,8 @@ def accuracy() -> str:
     names = ["backprop", "backprop compiled", "PyTorch DFA loop", "fastdfa"]
     lines, runs = [], []
     for key, title in (("mnist", "MNIST"), ("cifar10", "CIFAR-10")):
+        if not measured(f"accuracy-{key}"):
+            continue
         results = read(f"accuracy-{key}")
         by_side = {n: [row for row in results["rows"] if row["side"] == n] for n in names}
         rates = " and ".join(f"{by_side[n][0]['lr']:g}" for n in ("fastdfa", "backprop"))
@@ -132,6 +136,8 @@ def accuracy() -> str:
             backprop, fast = cells["backprop"][1], cells["fastdfa"][1]
             ratio = times(backprop / fast) if backprop and fast else "-"
             lines.append([f"{title}, {target:.1%}", *[cells[n][0] for n in names], ratio])
+    if not lines:
+        return "Time to an accuracy: not measured yet."
     head = ["test accuracy", "backprop", "backprop, compiled", "PyTorch loop", "**fastdfa**"]
     return (
         "Seconds of training, in brackets epochs, until the test accuracy first reaches a target; "

@@ -20,7 +20,7 @@ SOURCES := setup.py build_backend.py CMakeLists.txt $(shell find cmake csrc -typ
 KERNELS := $(shell find cmake csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD := CMAKE_ARGS="-DBUILD_TESTING=ON $(CMAKE_ARGS)" $(PY) setup.py --quiet build_ext --inplace
 
-.PHONY: help train test bench readme lint format registers wheel clean FORCE
+.PHONY: help train test bench accuracy readme lint format registers wheel clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,16 +35,21 @@ test: $(STAMP).built ## kernel tests, then every test with the kernels, then wit
 	$(PY) -m pytest -q $(ARGS)
 	FASTDFA_DISABLE_EXTENSION=1 $(PY) -m pytest -q -m "not slow" $(ARGS)
 
-bench: $(STAMP).built ## time and memory: of a step, kinds of networks, over depth; of each kernel
+bench: $(STAMP).built ## time and memory: of a step, its growth, kinds of networks; each kernel
 	$(PY) benchmarks/step.py $(ARGS)
+	$(PY) benchmarks/growth.py $(ARGS)
 	$(PY) benchmarks/step_kinds.py $(ARGS)
 	$(PY) benchmarks/memory.py $(ARGS)
 	$(PY) benchmarks/kernels.py $(ARGS)
 
-readme: $(STAMP).packages ## the figures of README.md, from benchmarks/results
+accuracy: $(STAMP).built ## seconds to an accuracy, by DFA and by backprop: ARGS="--data DIR"
+	$(PY) benchmarks/time_to_accuracy.py mnist $(ARGS)
+	$(PY) benchmarks/time_to_accuracy.py cifar10 $(ARGS)
+
+readme: $(STAMP).packages ## the figures of README.md and docs/, from benchmarks/results
 	$(PY) benchmarks/readme.py
 
-lint: $(STAMP).packages ## ruff and clang-format, at pinned versions; the README's figures
+lint: $(STAMP).packages ## ruff and clang-format, at pinned versions; figures of README and docs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(KERNELS)

@@ -1,4 +1,4 @@
-"""Writes the figures of README.md from the tracked results, between its markers.
+"""Writes the figures of README.md and docs/ from the tracked results, between their markers.
 
 python benchmarks/readme.py [--check]    --check: change nothing, exit 1 if they differ
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ["README.md", "docs/performance.md"]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -49,6 +50,8 @@ def step() -> str:
     names += ["fastdfa", "fastdfa, direct"]
     rows = []
     for row in results["rows"]:
+        if row["dtype"] != "float32":
+            continue
         speed = [speed_of(row["to_backprop"].get(name)) for name in names]
         of_limit = f"{1 / row['to_limit']['fastdfa, torch.mm']['median']:.2f}"
         memory = f"{row['peak_mib']['fastdfa']:.0f} / {row['peak_mib']['backprop']:.0f}"
@@ -64,6 +67,82 @@ def step() -> str:
         f"Peak memory of a step at {big['case']}: fastdfa {big['peak_mib']['fastdfa']:.0f} MiB, "
         f"backprop {big['peak_mib']['backprop']:.0f}, "
         f"the loop {big['peak_mib']['PyTorch DFA loop']:.0f}."
+    )
+
+
+def dtypes() -> str:
+    """Speed of a step in other dtypes than float32, each relative to backprop in its own."""
+    names = ["backprop compiled", "PyTorch DFA loop", "BioTorch", "limit", "fastdfa"]
+    rows = [
+        [row["case"], *[speed_of(row["to_backprop"].get(name)) for name in names]]
+        for row in read("step")["rows"]
+        if row["dtype"] != "float32"
+    ]
+    if not rows:
+        return "Steps in other dtypes: not measured yet."
+    head = ["hidden layers x width / batch", "backprop, compiled", "PyTorch loop", "BioTorch"]
+    return (
+        "In other dtypes, eager backprop in the same one = 1 (*autocast*: float32 weights, as one "
+        f"trains in bfloat16):\n\n{table([*head, 'limit', '**fastdfa**'], rows)}"
+    )
+
+
+def growth() -> str:
+    """Speed over what grows, and where backprop is faster."""
+    if not measured("growth"):
+        return "How the cost grows: not measured yet."
+    results = read("growth")
+    sweeps: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        sweeps.setdefault(row["sweep"], []).append(row)
+    rows = []
+    for sweep, points in sweeps.items():
+        speed = {f"{row[sweep]:,}": 1 / row["to_backprop"]["fastdfa"]["median"] for row in points}
+        loses = [value for value, times_as_fast in speed.items() if times_as_fast < 1]
+        listed = ", ".join(f"{value}: {times(x)}" for value, x in speed.items())
+        rows.append([sweep, listed, "; ".join(loses) or "nowhere"])
+    text = table(["what grows", "speed of fastdfa", "backprop is faster at"], rows)
+    return (
+        "Speed of a training step, eager backprop = 1 (784 inputs, tanh, float32; medians of "
+        f"interleaved rounds; {where(results['machine'])}):\n\n{text}"
+    )
+
+
+def seconds_to(rows: list[dict[str, Any]], target: int) -> tuple[str, float | None]:
+    """Of one side: mean seconds and epochs to a target over the seeds; the seconds as a number."""
+    there = [(row["epochs"][n - 1]["seconds"], n) for row in rows if (n := row["reached"][target])]
+    if len(there) < len(rows):
+        return f"not in {len(rows) - len(there)} of {len(rows)} runs", None
+    seconds, epochs = (mean(values) for values in zip(*there, strict=True))
+    return f"{seconds:.1f} s ({epochs:.1f})", seconds
+
+
+def accuracy() -> str:
+    """Seconds of training until a test accuracy, of every data set that was measured."""
+    names = ["backprop", "backprop compiled", "PyTorch DFA loop", "fastdfa"]
+    lines, runs = [], []
+    for key, title in (("mnist", "MNIST"), ("cifar10", "CIFAR-10")):
+        if not measured(f"accuracy-{key}"):
+            continue
+        results = read(f"accuracy-{key}")
+        by_side = {n: [row for row in results["rows"] if row["side"] == n] for n in names}
+        rates = " and ".join(f"{by_side[n][0]['lr']:g}" for n in ("fastdfa", "backprop"))
+        runs.append(
+            f"{title} {results['network']}, {len(by_side['fastdfa'])} seeds, at most "
+            f"{results['epochs']} epochs, learning rates of DFA and backprop {rates}"
+        )
+        for index, target in enumerate(results["targets"]):
+            cells = {name: seconds_to(by_side[name], index) for name in names}
+            backprop, fast = cells["backprop"][1], cells["fastdfa"][1]
+            ratio = times(backprop / fast) if backprop and fast else "-"
+            lines.append([f"{title}, {target:.1%}", *[cells[n][0] for n in names], ratio])
+    if not lines:
+        return "Time to an accuracy: not measured yet."
+    head = ["test accuracy", "backprop", "backprop, compiled", "PyTorch loop", "**fastdfa**"]
+    return (
+        "Seconds of training, in brackets epochs, until the test accuracy first reaches a target; "
+        f"the mean over seeds ({'; '.join(runs)}; {where(results['machine'])}):\n\n"
+        f"{table([*head, 'fastdfa against backprop'], lines)}"
     )
 
 
@@ -294,6 +373,9 @@ def memory_cuda() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "step": step,
+    "dtypes": dtypes,
+    "growth": growth,
+    "accuracy": accuracy,
     "memory": memory,
     "kernels": kernels,
     "kinds": kinds,
@@ -306,23 +388,23 @@ FIGURES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The README with every section between markers written anew."""
-    for name, figures in FIGURES.items():
-        pattern = re.compile(rf"(<!-- figures: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        body = figures()
-        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
-    return text
+    """A page with every section between markers written anew."""
+    pattern = r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}{FIGURES[m[2]]()}\n{m[3]}", text, flags=re.DOTALL)
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = filled(text)
-    if sys.argv[1:] == ["--check"]:
+    changed = []
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        new = filled(text)
         if new != text:
-            print("README.md: the figures differ from benchmarks/results; run `make readme`")
-        return int(new != text)
-    path.write_text(new)
+            changed.append(page)
+            if sys.argv[1:] != ["--check"]:
+                (ROOT / page).write_text(new)
+    if changed and sys.argv[1:] == ["--check"]:
+        print(f"{', '.join(changed)}: figures differ from benchmarks/results; run `make readme`")
+        return 1
     return 0
 
 

@@ -306,8 +306,10 @@ def limit_step(case: Case, x: Tensor) -> Step:
     return step
 
 
-def steps_of(case: Case, compiled: bool = True, device: str = "cpu") -> dict[str, Step]:
-    """Every way to make a step of this size, by name."""
+def steps_of(
+    case: Case, compiled: bool = True, device: str = "cpu", published: bool = True
+) -> dict[str, Step]:
+    """Every way to make a step of this size, by name; `published`: those of other libraries too."""
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
     x = torch.randn(case.batch, INPUTS).to(device, torch.float32 if case.autocast else dtype)
@@ -326,7 +328,7 @@ def steps_of(case: Case, compiled: bool = True, device: str = "cpu") -> dict[str
         direct = fused_network(case, direct_gradients=True).to(x)
         steps["fastdfa, direct"] = step_of(direct, direct)
     # Under autocast its backward pass multiplies two dtypes, an error.
-    if not case.autocast and (wrapper := biotorch()):
+    if published and not case.autocast and (wrapper := biotorch()):
         steps[BIOTORCH] = biotorch_step(case, x, y, wrapper)
     if device == "cpu":
         steps["fastdfa, torch.mm"] = by_torch_mm(step_of(dfa, dfa))

@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import growth
+import readme
 from step import Case
 
 
@@ -36,3 +37,15 @@ def test_growth_is_written_as_it_is_measured(tmp_path, monkeypatch):
         assert row[row["sweep"]] == changed[row["sweep"]]
         assert row["to_backprop"].keys() == set(growth.SIDES) and not row["failed"]
     assert (tmp_path / "growth-quick.png").stat().st_size > 1000
+
+
+def test_where_the_readme_says_that_backprop_is_faster(monkeypatch):
+    def row(sweep, value, time):
+        return {"sweep": sweep, sweep: value, "to_backprop": {"fastdfa": {"median": time}}}
+
+    rows = [row("depth", 1, 1.25), row("depth", 2, 0.5), row("classes", 50_000, 0.8)]
+    machine = dict.fromkeys(["processor", "threads", "cpu_capability", "torch", "date"], "")
+    monkeypatch.setattr(readme, "read", lambda name: {"rows": rows, "machine": machine})
+    depth, classes = readme.growth().splitlines()[-2:]
+    assert depth == "| depth | 1: 0.80x, 2: 2.00x | 1 |"
+    assert classes == "| classes | 50,000: 1.25x | nowhere |"

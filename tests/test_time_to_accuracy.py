@@ -8,10 +8,12 @@ import pytest
 import torch
 from networks import assert_close
 
-for needed in ("rich", "matplotlib", "sklearn"):
-    pytest.importorskip(needed)
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import readme
 import time_to_accuracy as benchmark
 from time_to_accuracy import SIDES, TASKS, ByHand, best_rate, reached
 
@@ -102,9 +104,9 @@ def test_rates_are_chosen_and_times_measured(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow  # compiles
-def test_compiled_backprop_learns_what_backprop_does(small):
-    small = small._replace(options=small.options.replace("--input-dropout 0.1", ""))
-    TASKS["digits"] = small
+def test_compiled_backprop_learns_what_backprop_does(small, monkeypatch):
+    without_dropout = small.options.replace("--input-dropout 0.1", "--input-dropout 0")
+    monkeypatch.setitem(TASKS, "digits", small._replace(options=without_dropout))
     plain, compiled = learner("backprop"), learner("backprop compiled")
     assert compiled.warm_up() > 0
     assert_close(weights(compiled), weights(plain), 0)  # nothing is learned by warming up
@@ -119,3 +121,12 @@ def test_a_side_ends_at_its_last_target(small, monkeypatch):
     assert len(curves["backprop"]) == next(
         n for n, point in enumerate(curves["backprop"], 1) if point["accuracy"] >= 0.1
     )
+
+
+def test_what_the_readme_says_of_seeds():
+    """The mean over seeds that all reach the target; else how many do not."""
+    row = {"epochs": [{"seconds": 2.0}, {"seconds": 5.0}], "reached": [1, 2, None]}
+    other = {"epochs": [{"seconds": 3.0}, {"seconds": 6.0}], "reached": [2, 2, 2]}
+    assert readme.seconds_to([row, other], 0) == ("4.0 s (1.5)", 4.0)
+    assert readme.seconds_to([row, other], 1) == ("5.5 s (2.0)", 5.5)
+    assert readme.seconds_to([row, other], 2) == ("not in 1 of 2 runs", None)

@@ -368,12 +368,10 @@ class Learner:
         """Cosine between DFA's and the true gradient of each hidden layer's weight."""
         probe = min(PROBE_ROWS, 8 * self.config.batch)
         x, y = self.data.train_x[:probe], self.data.train_y[:probe]
-        weights = [p for p in self.model.parameters() if p.ndim >= 2][:-1]
-        dfa = torch.autograd.grad(self.loss(x, y), weights)
-        with fastdfa.backprop(self.model):
-            true = torch.autograd.grad(self.loss(x, y), weights)
-        pairs = zip(dfa, true, strict=True)
-        return [F.cosine_similarity(a.flatten(), b.flatten(), dim=0).item() for a, b in pairs]
+        with self.autocast:
+            cosines = fastdfa.alignment(self.model, cross_entropy, x, y, weights=True).weights
+        weights = [name for name, p in self.model.module.named_parameters() if p.ndim >= 2][:-1]
+        return [cosines[name] for name in weights]
 
 
 def cross_entropy(logits, y):

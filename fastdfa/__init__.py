@@ -1,6 +1,7 @@
 """Training neural networks by direct feedback alignment (DFA), faster than backprop."""
 
 from . import ops
+from .alignment import AlignmentMonitor, alignment
 from .build import build_info
 from .conv import Conv1d, Conv2d
 from .convert import convert
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DFA",
     "PRESETS",
+    "AlignmentMonitor",
     "Conv1d",
     "Conv2d",
     "Feedback",
@@ -22,6 +24,7 @@ __all__ = [
     "Linear",
     "StreamingStep",
     "__version__",
+    "alignment",
     "backprop",
     "build_info",
     "convert",

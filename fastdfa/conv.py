@@ -46,8 +46,10 @@ class _Convolution:
         if self.padding_mode != "zeros":
             # Padded with its history, which is cut then: so the same tensors are saved as where an
             # activation checkpoint runs the layer again, uncut.
-            x = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            behind, padding = (x if behind is input else x.detach()), "valid"
+            uncut = behind.requires_grad
+            source = behind if uncut else input
+            x = F.pad(source, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            behind, padding = (x if uncut else x.detach()), "valid"
         gate = activations.gate_of(self.activation)
         if gate is not None and input.dim() == self.weight.dim():
             output = self._activated(behind, padding, gate)

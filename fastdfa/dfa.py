@@ -117,8 +117,8 @@ class DFA(nn.Module):
         plain = not torch.is_grad_enabled() or torch.compiler.is_exporting()
         if plain or any(self is root for root in state.true_gradients):
             return self.module(*args, **kwargs)
-        if state.streaming is not None and state.streaming.root is self:
-            return state.streaming.forward(args, kwargs)
+        if state.instead and self in state.instead:
+            return state.instead[self](args, kwargs)
         whole = network.find(self, args, kwargs)
         if whole is not None and self._network is not None and self._network.key == whole.key:
             return network.forward(whole, self._network, *args)

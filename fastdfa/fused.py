@@ -158,7 +158,7 @@ def _record(record: LayerRecord) -> None:
     checkpointing, offloading): what the tape keeps would escape them.
     """
     tape = state.tape
-    if tape is None or tape.tapped is not None or record.input.requires_grad:
+    if tape is None or tape.tapped is not None or (tape.cuts and record.input.requires_grad):
         return
     versions = None
     if not torch.compiler.is_compiling():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import graph, plan
+from . import graph, plan, table
 from .dfa import DFA
 from .tape import Receiver, Tape
 
@@ -63,22 +63,17 @@ class Inspection:
         raise KeyError(f"no parameter {name!r}; there are {[row.name for row in self.rows]}")
 
     def __str__(self) -> str:
-        lines = [_HEADER, *self._cells()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        return table.text([_HEADER, *self._cells()])
 
     def __rich__(self) -> Any:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*_HEADER)
+        rich_table = Table(*_HEADER)
         for row, cells in zip(self.rows, self._cells(), strict=True):
             style = "dim" if row.frozen else _STYLES.get(row.source, "")
-            table.add_row(*[Text(cell, style) for cell in cells])
-        return table
+            rich_table.add_row(*[Text(cell, style) for cell in cells])
+        return rich_table
 
     def _cells(self) -> list[tuple[str, str, str]]:
         return [(row.name, str(list(row.shape)), str(row)) for row in self.rows]
@@ -116,13 +111,12 @@ def inspect(
         ValueError: for a model without `DFA` or sharded by `fully_shard`, and for an input that
             makes gradients infinite or NaN.
     """
-    model = _unwrap(model)
-    roots = {name: module for name, module in model.named_modules() if isinstance(module, DFA)}
-    _check(model, roots)
-    with _left_as_it_was(model):
+    model = unwrapped(model)
+    roots = roots_of(model)
+    with left_as_it_was(model):
         sources = _Sources()
         output = _forward(model, args, kwargs, roots, sources)
-        reach = _Reach(dict(_inside(model).named_parameters()), _begin(output, loss), sources)
+        reach = _Reach(parameters_of(model), _begin(output, loss), sources)
     rows = tuple(reach.row(name) for name in reach.parameters)
     nothing = [row.name for row in rows if row.source == "nothing" and not row.frozen]
     if nothing:
@@ -279,7 +273,7 @@ def _forward(
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Inside, the model may run forward and backward, by itself and not compiled."""
     tensors = [*model.parameters(), *model.buffers()]
     buffers = [
@@ -320,7 +314,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(vars(leaf))
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, so that nothing is compiled, and no process waits for another."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -331,17 +325,24 @@ def _unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _inside(model: nn.Module) -> nn.Module:
-    """Where names begin: those of points do so inside the wrapped module."""
-    return model.module if isinstance(model, DFA) else model
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By the names that `inspect` gives them: those of points begin inside the wrapped module."""
+    return dict((model.module if isinstance(model, DFA) else model).named_parameters())
 
 
-def _check(model: nn.Module, roots: dict[str, DFA]) -> None:
+def roots_of(model: nn.Module) -> dict[str, DFA]:
+    """The roots in a model by their names.
+
+    Raises:
+        ValueError: for a model without one, or sharded by `fully_shard`.
+    """
+    roots = {name: module for name, module in model.named_modules() if isinstance(module, DFA)}
     if not roots:
         raise ValueError(f"model must hold a fastdfa.DFA, got {type(model).__name__} without one")
     sharded = [name for name, x in model.named_parameters() if type(x.data).__name__ == "DTensor"]
     if sharded:
-        raise ValueError(f"model must not be sharded, got {sharded[0]!r}; inspect it before that")
+        raise ValueError(f"model must not be sharded, got {sharded[0]!r}; do this before that")
+    return roots
 
 
 def _check_finite(gradients: dict[str, Tensor]) -> None:

@@ -101,11 +101,11 @@ class StreamingStep:
         What follows that output, and what else the loss reads, have their gradients then.
         """
         first = FirstPass(self.root, survey=self._schedule is None)
-        state.streaming = first
+        state.instead[self.root] = first.forward
         try:
             loss = closure()
         finally:
-            state.streaming = None
+            del state.instead[self.root]
         _check_loss(loss, first)
         with first.call.without_autocast():
             loss.backward()
@@ -133,7 +133,7 @@ class StreamingStep:
     def _check(self, parameters: list[Tensor]) -> None:
         if not torch.is_grad_enabled():
             raise RuntimeError("a StreamingStep was called with gradients disabled")
-        if state.tape is not None or state.streaming is not None:
+        if state.tape is not None or state.instead:
             raise RuntimeError("a StreamingStep was called inside a DFA or inside another step")
         if any(self.root is root for root in state.true_gradients):
             raise RuntimeError(

@@ -21,16 +21,15 @@ from .activations import Gate
 
 if TYPE_CHECKING:
     from .broadcast import ChainFeedback
-    from .stream import FirstPass
 
 
 class State(threading.local):
-    """Of each thread: the tape being written, the roots inside a `backprop()` context, and the
-    first pass of a `StreamingStep` that waits for its root to be called."""
+    """Of each thread: the tape being written, the roots inside a `backprop()` context, and what
+    some roots run in place of their own forward pass, from their args and kwargs."""
 
     def __init__(self) -> None:
         self.tape: Tape | None = None
-        self.streaming: FirstPass | None = None
+        self.instead: dict[nn.Module, Callable[[tuple[Any, ...], dict[str, Any]], Any]] = {}
         self.true_gradients: tuple[nn.Module, ...] = ()
 
 
@@ -266,6 +265,7 @@ class Tape:
     """
 
     looks_ahead = True  # whether layers may be computed ahead of their calls
+    cuts = True  # whether a layer goes on from its input without the history of that
 
     def __init__(self, root: nn.Module, inputs: list[Tensor], tap: nn.Module | None) -> None:
         self.root = root

@@ -14,14 +14,15 @@ FASTDFA = SimpleNamespace(
 )
 
 
-def by_hand():
-    """torch's layers under the same names, and the list of tensors that they cut, in order."""
+def by_hand(cuts=True):
+    """torch's layers under the same names, and the list of tensors that they cut, in order, or
+    would cut."""
     tensors = []
 
     def cut(x):
         if x.requires_grad and not any(x is seen for seen in tensors):
             tensors.append(x)
-        return x.detach()
+        return x.detach() if cuts else x
 
     def layer(base):
         class Layer(base):

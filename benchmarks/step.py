@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,7 @@ from common import (
     gpu_rates,
     interleaved,
     keep_freed_memory,
+    machine,
     peak_memory,
     ratios,
     result_name,
@@ -447,6 +449,10 @@ def show_memory(memory: list[dict[str, Any]]) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two sizes, about two minutes")
+    parser.add_argument(
+        "--again", metavar="TEXT", help="on the CPU: measure the cases with this in their names "
+        "anew (where other work disturbed them), and keep the other rows of the results",
+    )  # fmt: skip
     parser.add_argument("--no-picture", action="store_true", help="write the numbers alone")
     add_arguments(parser, rounds=9)
     return parser.parse_args()
@@ -456,12 +462,23 @@ def on_cpu(options: argparse.Namespace) -> None:
     keep_freed_memory()
     seconds = 0.1 if options.quick else 0.3
     rate = gemm_rate()
-    rows = []
+    kept = _measured(options) if options.again else {"rows": []}
+    rows = {row["case"]: row for row in kept["rows"]}
     for case in QUICK if options.quick else SWEEP + DTYPES:
-        console.print(f"measuring {case.name} ...", style="dim")
-        rows.append(measure(case, options.rounds, seconds, not options.no_compile))
-    memory = [measure_memory(case) for case in MEMORY]
-    finish(options, rows, memory, gemm_gflops=rate / 1e9)
+        if options.again is None or options.again in case.name:
+            console.print(f"measuring {case.name} ...", style="dim")
+            rows[case.name] = measure(case, options.rounds, seconds, not options.no_compile)
+    memory = kept["memory"] if options.again else [measure_memory(case) for case in MEMORY]
+    finish(options, list(rows.values()), memory, gemm_gflops=rate / 1e9)
+
+
+def _measured(options: argparse.Namespace) -> dict[str, Any]:
+    """The results of an earlier run, which must be of this machine."""
+    path = options.out / f"{result_name('step', 'cpu', options.quick)}.json"
+    results = json.loads(path.read_text())
+    if results["machine"] != machine():
+        raise SystemExit(f"--again: {path} is of another machine, version or day")
+    return results
 
 
 def on_cuda(options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ SOURCES := setup.py build_backend.py CMakeLists.txt $(shell find cmake csrc -typ
 KERNELS := $(shell find cmake csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD := CMAKE_ARGS="-DBUILD_TESTING=ON $(CMAKE_ARGS)" $(PY) setup.py --quiet build_ext --inplace
 
-.PHONY: help train test bench readme lint format registers wheel clean FORCE
+.PHONY: help train test bench paper readme lint format registers wheel clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -41,7 +41,10 @@ bench: $(STAMP).built ## time and memory: of a step, kinds of networks, over dep
 	$(PY) benchmarks/memory.py $(ARGS)
 	$(PY) benchmarks/kernels.py $(ARGS)
 
-readme: $(STAMP).packages ## the figures of README.md, from benchmarks/results
+paper: $(STAMP).built ## the experiments of arXiv 1906.04554, for hours; ARGS="--data DIR --quick"
+	@$(PY) benchmarks/paper.py $(ARGS)
+
+readme: $(STAMP).packages ## the figures of README.md and docs/paper.md, from benchmarks/results
 	$(PY) benchmarks/readme.py
 
 lint: $(STAMP).packages ## ruff and clang-format, at pinned versions; the README's figures

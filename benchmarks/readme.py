@@ -1,4 +1,4 @@
-"""Writes the figures of README.md from the tracked results, between its markers.
+"""Writes the figures of README.md and docs/paper.md from the tracked results, between markers.
 
 python benchmarks/readme.py [--check]    --check: change nothing, exit 1 if they differ
 """
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+import paper_report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -299,25 +301,30 @@ FIGURES: dict[str, Callable[[], str]] = {
 }
 
 
+PAGES = ("README.md", "docs/paper.md")
+
+
 def filled(text: str) -> str:
-    """The README with every section between markers written anew."""
-    for name, figures in FIGURES.items():
+    """A page with every section between markers written anew."""
+    sections = {name: figures() for name, figures in FIGURES.items()} | paper_report.sections()
+    for name, body in sections.items():
         pattern = re.compile(rf"(<!-- figures: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        body = figures()
         text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
     return text
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = filled(text)
-    if sys.argv[1:] == ["--check"]:
-        if new != text:
-            print("README.md: the figures differ from benchmarks/results; run `make readme`")
-        return int(new != text)
-    path.write_text(new)
-    return 0
+    differs = False
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        new = filled(text)
+        if sys.argv[1:] != ["--check"]:
+            path.write_text(new)
+        elif new != text:
+            print(f"{page}: the figures differ from benchmarks/results; run `make readme`")
+            differs = True
+    return int(differs)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ SOURCES := setup.py build_backend.py CMakeLists.txt $(shell find cmake csrc -typ
 KERNELS := $(shell find cmake csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD := CMAKE_ARGS="-DBUILD_TESTING=ON $(CMAKE_ARGS)" $(PY) setup.py --quiet build_ext --inplace
 
-.PHONY: help train test bench accuracy readme lint format registers wheel clean FORCE
+.PHONY: help train test bench accuracy paper readme lint format registers wheel clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -45,6 +45,9 @@ bench: $(STAMP).built ## time and memory: of a step, its growth, kinds of networ
 accuracy: $(STAMP).built ## seconds to an accuracy, by DFA and by backprop: ARGS="--data DIR"
 	$(PY) benchmarks/time_to_accuracy.py mnist $(ARGS)
 	$(PY) benchmarks/time_to_accuracy.py cifar10 $(ARGS)
+
+paper: $(STAMP).built ## the experiments of arXiv 1906.04554, for hours; ARGS="--data DIR --quick"
+	@$(PY) benchmarks/paper.py $(ARGS)
 
 readme: $(STAMP).packages ## the figures of README.md and docs/, from benchmarks/results
 	$(PY) benchmarks/readme.py

@@ -13,9 +13,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import paper_report
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ["README.md", "docs/performance.md"]
+PAGES = ["README.md", "docs/performance.md", "docs/paper.md"]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -389,8 +391,15 @@ FIGURES: dict[str, Callable[[], str]] = {
 
 def filled(text: str) -> str:
     """A page with every section between markers written anew."""
-    pattern = r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda m: f"{m[1]}{FIGURES[m[2]]()}\n{m[3]}", text, flags=re.DOTALL)
+    pattern = r"(<!-- figures: ([\w -]+) -->\n).*?(<!-- end -->)"
+    of_paper = paper_report.sections()
+
+    def section(marked: re.Match[str]) -> str:
+        name = marked[2]
+        figures = of_paper[name] if name in of_paper else FIGURES[name]()
+        return f"{marked[1]}{figures}\n{marked[3]}"
+
+    return re.sub(pattern, section, text, flags=re.DOTALL)
 
 
 def main() -> int:

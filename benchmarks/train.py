@@ -362,7 +362,9 @@ class Learner:
             "test_accuracy": (logits.argmax(-1) == y)[y != IGNORED].double().mean().item(),
             "test_loss": cross_entropy(logits, y).item(),
         }
-        return scores | ({"alignment": self.alignment()} if self.method == "dfa" else {})
+        if self.method == "dfa" and math.isfinite(scores["test_loss"]):  # else it has none
+            scores["alignment"] = self.alignment()
+        return scores
 
     def alignment(self):
         """Cosine between DFA's and the true gradient of each hidden layer's weight."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,13 @@ def convert(
         allow_tied: accept parameters that modules on two sides of a cut share: their gradient is
             the sum of what each side gives.
 
+    Warns:
+        UserWarning: of a linear layer of n units between others, where its input is wider and so
+            is the error, C > n + 1. Behind such a bottleneck the true gradients have rank n, the
+            feedback rank C - 1 (of a softmax), so that the layers before it align in part only.
+            In the data of arXiv 1906.04554, where 5 in 800 weights of a layer learn, its cosine
+            is 0.23 instead of 0.89, and the network loses 5.6 points of accuracy.
+
     Raises:
         TypeError, ValueError: for arguments that are not so; where there is nothing to convert;
             for tied parameters, lazy layers that have not run, torch's transformer layers without
@@ -88,6 +96,7 @@ def convert(
         _check_tied(model, conversion.blocks)
     # The last that can fail, and before the blocks' hooks: a block that is tapped is not cut.
     root = DFA(model, feedback, output, allow_bypass)
+    _warn_of_bottlenecks(conversion.layers, output)
     conversion._apply()
     root.conversion = conversion
     return root
@@ -286,6 +295,33 @@ def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
         return isinstance(module, selector)
     patterns, parts = selector.split("."), name.split(".")
     return len(patterns) == len(parts) and all(map(fnmatchcase, parts, patterns))
+
+
+# What is warned of.
+
+
+def _warn_of_bottlenecks(layers: dict[str, nn.Module], output: str | None) -> None:
+    """In the order in which the model holds its layers: the last gives the size of the error."""
+    inside = [
+        (name, layer)
+        for name, layer in layers.items()
+        if output is None or f"{name}.".startswith(f"{output}.")
+    ]
+    for (_, before), (name, layer), (_, behind) in zip(
+        inside, inside[1:], inside[2:], strict=False
+    ):
+        if not all(isinstance(each, nn.Linear) for each in (before, layer, behind, inside[-1][1])):
+            continue
+        n, classes = layer.out_features, inside[-1][1].out_features
+        in_turn = before.out_features == layer.in_features and n == behind.in_features
+        if in_turn and n < min(layer.in_features, classes - 1):
+            warnings.warn(
+                f"{name!r} has {n} units between {layer.in_features} and an error of {classes}: "
+                "the layers before it cannot fully align with their feedback, which is as wide as "
+                f"the error (the bottleneck of arXiv 1906.04554). {classes - 1} units or more do "
+                "not have this effect",
+                stacklevel=3,
+            )
 
 
 # What is refused.

@@ -6,7 +6,9 @@ cut is detached, and handed e B.
 
 import copy
 import pickle
+import warnings
 from collections import namedtuple
+from itertools import pairwise
 
 import pytest
 import torch
@@ -736,3 +738,41 @@ def test_a_scripted_module_is_a_block_once_it_is_in_an_ordinary_one():
     h = torch.tanh(x @ scripted[0].weight.T + scripted[0].bias)
     delta = (g @ model.feedback_matrix("0")) * (1 - h * h)
     assert_close(scripted[0].weight.grad, delta.T @ x, 1e-5)
+
+
+# Bottlenecks -----------------------------------------------------------------------------------
+
+
+def stack(*widths):
+    layers = [[nn.Linear(n, m), nn.Tanh()] for n, m in pairwise(widths)]
+    return nn.Sequential(*[layer for pair in layers for layer in pair][:-1])
+
+
+def test_a_bottleneck_is_warned_of():
+    """A layer narrower than the error (of 10 classes 9 dimensions) and than what is before it."""
+    with pytest.warns(UserWarning, match="'2' has 8 units between 32 and an error of 10") as caught:
+        fastdfa.convert(stack(20, 32, 8, 32, 10), RULE)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(UserWarning, match="'0.2' has 4 units between 32 and an error of 6"):
+        model = nn.ModuleDict({"0": stack(20, 32, 4, 6), "1": nn.Linear(6, 2)})
+        fastdfa.convert(model, RULE, output="0")
+
+
+NO_BOTTLENECKS = {
+    "as wide as the error": lambda: stack(20, 32, 9, 32, 10),
+    "nothing wider before it": lambda: stack(6, 8, 8, 32, 10),
+    "the head": lambda: stack(20, 32, 32, 4),
+    "beside other layers": lambda: nn.ModuleList(
+        [nn.Linear(20, 32), nn.Linear(20, 4), nn.Linear(32, 10)]
+    ),
+    "a gate of channels": lambda: nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.Linear(64, 4), nn.Linear(4, 64), nn.Linear(64, 10)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_BOTTLENECKS)
+def test_no_bottleneck(case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastdfa.convert(NO_BOTTLENECKS[case](), RULE)

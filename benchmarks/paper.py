@@ -183,6 +183,7 @@ class Run:
     def record(self, status: str) -> dict[str, Any]:
         """What is kept of a finished run."""
         scores = {name: self.accuracy(name) for name in self.splits}
+        columns = {name: [e[name] for e in self.history] for name in (self.history or [{}])[0]}
         return {
             "name": self.config.name,
             "seed": self.seed,
@@ -190,9 +191,9 @@ class Run:
             "config": _plain(self.config),
             "accuracy": scores,
             "cosines": self.cosines() if status == "complete" else None,
-            "seconds_per_epoch": median(epoch["seconds"] for epoch in self.history or [_NOTHING]),
+            "seconds_per_epoch": median(columns["seconds"]) if columns else None,
             "machine": machine(),
-            "history": self.history,
+            "history": columns,
         }
 
     def cosines(self) -> dict[str, dict[str, float]] | None:
@@ -230,9 +231,6 @@ class Run:
 
     def _shaped(self, x: Tensor) -> Tensor:
         return x.flatten(1) if self.config.network == "fc" else x
-
-
-_NOTHING = {"seconds": math.nan}  # of a run that diverged in its first epoch
 
 
 def _plain(config: Config) -> dict[str, Any]:

@@ -197,14 +197,13 @@ def _draw_curves(found: Runs, path: Path) -> None:
     axes = figure.subplots()
     for name in ("fc", "fc-bp", "fc-top"):
         for run in found[name][:1]:
-            epochs = range(1, len(run["history"]) + 1)
-            (line,) = axes.plot(
-                epochs, [100 * epoch["test"] for epoch in run["history"]], label=f"{name}, test"
-            )
-            axes.plot(
-                epochs, [100 * epoch["train"] for epoch in run["history"]], ":",
-                color=line.get_color(), label=f"{name}, training",
-            )  # fmt: skip
+            course = {
+                split: [100 * a for a in run["history"][split]] for split in ("test", "train")
+            }
+            epochs = range(1, len(course["test"]) + 1)
+            (line,) = axes.plot(epochs, course["test"], label=f"{name}, test")
+            colour = line.get_color()
+            axes.plot(epochs, course["train"], ":", color=colour, label=f"{name}, training")
     axes.set(xlabel="epoch")
     axes.set_title("accuracy, %", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=9)

@@ -246,7 +246,11 @@ def _cosine_behind(model: nn.Module, layer: nn.Module, x: Tensor, y: Tensor) -> 
 
     def gradient() -> Tensor:
         seen: list[Tensor] = []
-        hook = layer.register_forward_hook(lambda module, args, out: out.register_hook(seen.append))
+
+        def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+            output.register_hook(seen.append)
+
+        hook = layer.register_forward_hook(watch)
         try:
             F.cross_entropy(model(x), y).backward()
         finally:

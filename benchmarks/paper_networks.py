@@ -64,7 +64,8 @@ def _fc(config: Config) -> nn.Sequential:
     for i, (n, m) in enumerate(pairwise([3072] + 3 * [config.width]), 1):
         layer = _linear(config, n, m, cut=not (config.published_cuts and i == 2))
         if i == 2 and config.bottleneck not in (None, config.width):
-            mask(layer, config.bottleneck / config.width, config)
+            with torch.random.fork_rng(devices=[]):  # the layers above start as without it
+                mask(layer, config.bottleneck / config.width, config)
         parts = _behind(config, layer, nn.BatchNorm1d(m), nn.Dropout(config.dropout[1]))
         _add(modules, i, parts)
     modules["head"] = _linear(config, config.width, CLASSES)

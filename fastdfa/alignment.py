@@ -144,8 +144,9 @@ def alignment(
 
     Both belong to one forward pass, eager and in the mode in which the model is: the same dropout,
     the same statistics of a batch. They are compared at the point itself, as arXiv 1906.04554 does.
-    Parameters, `.grad`, buffers and torch's random state stay as they are. The cost is about that
-    of a step of backprop.
+    Parameters, `.grad`, buffers and torch's random state stay as they are. By the count of
+    products that is a step of backprop without its weight gradients; `weights` takes those too, and
+    a backward pass more.
 
     Args:
         model: a `DFA`, or a module that holds some; `DistributedDataParallel` and `torch.compile`
@@ -413,8 +414,8 @@ class AlignmentMonitor:
             ...
         monitor.plot().savefig("alignment.png")
 
-    A measurement costs about as much as a step of backprop and keeps a number for each row and
-    point; the calls between two cost nothing.
+    A measurement costs what `alignment` does and keeps a number for each row and point; the calls
+    between two cost nothing.
 
     Args:
         model, loss_fn, gated, weights: as in `alignment`.

@@ -295,8 +295,13 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for module, name, buffer, before in buffers:
                     module._buffers[name] = buffer
-                    if not torch.equal(buffer, before):
+                    # Compared first, as a copy counts as a modification in place.
+                    if not _equal(buffer, before):
                         buffer.copy_(before)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(*(x if x.layout == torch.strided else x.to_dense() for x in (a, b)))
 
 
 def _begin(output: Any, loss: Callable[[Any], Any] | None) -> list[Tensor]:

@@ -136,7 +136,7 @@ def test_where_the_cut_is_missing_the_mask_covers_what_goes_on():
     kept = x.grad != 0
     assert 0.15 < kept.float().mean() < 0.35
     torch.testing.assert_close(x.grad[kept], layer.weight.sum(0).detach().expand(16, 40)[kept])
-    x.grad = None
+    x = x.detach().requires_grad_()  # without the hook of that pass
     layer.eval()(x).sum().backward()
     assert (x.grad != 0).all()
 
@@ -227,7 +227,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, data, tmp_path):
 
 
 def test_it_learns(data, tmp_path):
-    config = replace(SMALL, epochs=30)
+    config = replace(SMALL, epochs=200)
     paper.train(config, 0, data, tmp_path, False, paper.Bar([(config, 0)]))
     record = json.loads((tmp_path / "fc-seed0.json").read_text())
     assert record["accuracy"]["train"] > 0.5 > 0.2 > record["history"]["train"][0]

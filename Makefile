@@ -41,6 +41,7 @@ bench: $(STAMP).built ## time and memory: of a step, its growth, kinds of networ
 	$(PY) benchmarks/step_kinds.py $(ARGS)
 	$(PY) benchmarks/memory.py $(ARGS)
 	$(PY) benchmarks/kernels.py $(ARGS)
+	$(PY) benchmarks/one_core.py $(ARGS)
 
 accuracy: $(STAMP).built ## seconds to an accuracy, by DFA and by backprop: ARGS="--data DIR"
 	$(PY) benchmarks/time_to_accuracy.py mnist $(ARGS)

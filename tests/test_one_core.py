@@ -1,0 +1,86 @@
+"""The benchmark of one core: its sides compute one and the same, and all of it is written."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import one_core
+import step
+from networks import assert_close
+from one_core import LIBRARIES, PARTS, Case
+
+import fastdfa
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in fastdfa.build_info()["kernels"], reason="no kernels to measure"
+)
+SIZES = [Case(7, 20, 12), Case(7, 12, 12, layers=3), Case(64, 32, 32)]
+
+
+@pytest.mark.parametrize("case", SIZES, ids=lambda case: case.name)
+@pytest.mark.parametrize("part", PARTS)
+def test_all_libraries_make_one_product(case, part):
+    steps = one_core.product_steps(case)
+    results = {
+        library: {str(i): matrix for i, matrix in enumerate(steps[f"{part}, {library}"]())}
+        for library in LIBRARIES
+    }
+    assert results["torch.mm"]["0"].abs().sum() > 0
+    assert len(results["torch.mm"]) == case.layers
+    for library in ("fastdfa", "oneDNN"):
+        assert_close(results[library], results["torch.mm"], 1e-5)
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_rates_and_overhead_are_written_as_they_are_measured(tmp_path, monkeypatch, one_thread):
+    case = Case(4, 8, 8, layers=2)
+    monkeypatch.setattr(one_core, "QUICK", [case])
+    monkeypatch.setattr(one_core, "OVERHEAD", step.Case(2, 8, 2))
+    options = ["--quick", "--rounds", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["one_core.py", *options])
+    one_core.main()
+    written = json.loads((tmp_path / "one-core-quick.json").read_text())
+    assert written["machine"]["threads"] == 1
+    (row,) = written["rows"]
+    assert row["case"] == case.name and not row["failed"]
+    assert row["gflops"].keys() == {f"{part}, {name}" for part in PARTS for name in LIBRARIES}
+    assert all(0 < rate["low"] <= rate["high"] for rate in row["gflops"].values())
+    milliseconds = written["overhead"]["milliseconds"]
+    assert list(milliseconds) == [*one_core.SIDES, one_core.OPS]
+    assert all(value["median"] > 0 for value in milliseconds.values())
+
+
+def test_layers_one_by_one_make_the_same_gradients_without_a_chain():
+    side = one_core.overhead_steps(step.Case(3, 8, 2))["layers one by one"]
+    model = side.forward
+    passed, grads = [], []
+    for looks_ahead in (model.looks_ahead, True):
+        model.looks_ahead = looks_ahead
+        side()  # after one pass a network that is one chain goes round its layers
+        passed.append(nodes(model(side.x).grad_fn))
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert "_NetworkBackward" not in passed[0] and "_NetworkBackward" in passed[1]
+    assert_close(*grads, 1e-5)
+
+
+def nodes(root):
+    """The names of the nodes of a graph."""
+    seen, waiting = set(), [root]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return {type(node).__name__ for node in seen}

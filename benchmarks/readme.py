@@ -33,9 +33,13 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def threads(machine: dict[str, Any]) -> str:
+    return "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+
+
 def where(machine: dict[str, Any]) -> str:
     return (
-        f"{machine['processor']}, {machine['threads']} threads, {machine['cpu_capability']}, "
+        f"{machine['processor']}, {threads(machine)}, {machine['cpu_capability']}, "
         f"PyTorch {machine['torch']}, {machine['date']}"
     )
 
@@ -162,6 +166,47 @@ def kernels() -> str:
         "The kernel alone. Eager PyTorch with a product `e B` for each layer = 1; where the layers "
         f"share B and have one width, one product serves all:\n\n{table(head, rows)}"
     )
+
+
+def products() -> str:
+    """Rates of matrix products on one core, by library."""
+    results = read("one-core")
+    parts = ["forward", "with bias and tanh", "weight gradient"]
+    columns = [f"{part}, {name}" for part in parts for name in ("fastdfa", "torch.mm", "oneDNN")]
+    rows = [
+        [row["case"], *[median(row["gflops"], name, "{:.0f}".format) for name in columns]]
+        for row in results["rows"]
+    ]
+    others = ["`torch.mm`", "oneDNN"]
+    head = ["M x N x K", "forward, **own**", *others, "bias and tanh, **own**", *others]
+    head += ["weight gradient, **own**", *others]
+    return f"GFLOP/s ({where(results['machine'])}):\n\n{table(head, rows)}"
+
+
+# Sides of one_core.py, and what to call them.
+OVERHEAD = {
+    "backprop": "backprop",
+    "PyTorch DFA loop": "DFA written by hand, without autograd",
+    "layers one by one": "fastdfa, layers one by one (no chain)",
+    "fastdfa": "**fastdfa**",
+    "fastdfa, direct": "with `direct_gradients=True`",
+    "the ops of the hidden layers alone": "its three ops for the hidden layers alone",
+}
+
+
+def overhead() -> str:
+    """Time of a step in which there is nothing to compute."""
+    results = read("one-core")
+    steps = results["overhead"]
+    rows = [
+        [
+            label,
+            *(median(steps[key], name, "{:.2f}".format) for key in ("milliseconds", "to_backprop")),
+        ]
+        for name, label in OVERHEAD.items()
+    ]
+    text = table(["a step", "ms", "of backprop's"], rows)
+    return f"{steps['case']} ({where(results['machine'])}):\n\n{text}"
 
 
 def kinds_table(results: dict[str, Any]) -> str:
@@ -380,6 +425,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "memory": memory,
     "kernels": kernels,
+    "products": products,
+    "overhead": overhead,
     "kinds": kinds,
     "train": train,
     "step-cuda": step_cuda,

@@ -1,8 +1,7 @@
 """Who multiplies in the fused layers: the kernels of this library (csrc/gemm.h), or torch.mm.
 
-One core of a Zen 4 processor, in GFLOP/s of the forward pass and of the weight gradient, at sizes
-from 64x128x128 to 256x4096x4096: these kernels 93 to 105 and 93 to 104, `torch.mm` (MKL) 82 to 98
-and 72 to 96, oneDNN 61 to 108 and 48 to 97. On Zen 5, MKL ran at half of oneDNN's rate.
+On Zen 4 these kernels are ahead of `torch.mm` (MKL) but in a single small product, and level with
+oneDNN from 512 wide on: benchmarks/one_core.py. On Zen 5, MKL ran at half of oneDNN's rate.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from fastdfa.activations import IDENTITY, KINDS
 TANH = KINDS.index("tanh")
 PARTS = ["forward", "with bias and tanh", "weight gradient"]
 LIBRARIES = ["fastdfa", "torch.mm", "oneDNN"]
-OVERHEAD = step.Case(32, 16, 4)
+OVERHEAD = [step.Case(32, 16, 4), step.Case(4, 16, 4)]
 SIDES = ["backprop", "PyTorch DFA loop", "layers one by one", "fastdfa", "fastdfa, direct"]
 OPS = "the ops of the hidden layers alone"
 
@@ -181,7 +181,7 @@ def measure_overhead(case: step.Case, rounds: int, seconds: float) -> dict[str, 
     }
 
 
-def show(rows: list[dict[str, Any]], overhead: dict[str, Any]) -> None:
+def show(rows: list[dict[str, Any]], overhead: list[dict[str, Any]]) -> None:
     for part in PARTS:
         products = Table(title=f"{part}, one core, GFLOP/s")
         products.add_column("M x N x K")
@@ -192,14 +192,15 @@ def show(rows: list[dict[str, Any]], overhead: dict[str, Any]) -> None:
             cells = ["-" if rate is None else f"{rate['median']:.0f}" for rate in rates]
             products.add_row(row["case"], *cells)
         console.print(products)
-    steps = Table(title=f"A step of {overhead['case']}, one core")
-    steps.add_column("")
-    steps.add_column("ms", justify="right")
-    steps.add_column("of backprop's", justify="right")
-    for name, value in overhead["milliseconds"].items():
-        ratio = overhead["to_backprop"][name]["median"]
-        steps.add_row(name, f"{value['median']:.3f}", f"{ratio:.2f}")
-    console.print(steps)
+    for row in overhead:
+        steps = Table(title=f"A step of {row['case']}, one core")
+        steps.add_column("")
+        steps.add_column("ms", justify="right")
+        steps.add_column("of backprop's", justify="right")
+        for name, value in row["milliseconds"].items():
+            ratio = row["to_backprop"][name]["median"]
+            steps.add_row(name, f"{value['median']:.3f}", f"{ratio:.2f}")
+        console.print(steps)
 
 
 def main() -> None:
@@ -218,7 +219,7 @@ def main() -> None:
     for case in QUICK if options.quick else CASES:
         if budget.allows(case.name):
             rows.append(measure_products(case, options.rounds, seconds))
-    overhead = measure_overhead(OVERHEAD, options.rounds, 4 * seconds)
+    overhead = [measure_overhead(case, options.rounds, 4 * seconds) for case in OVERHEAD]
     show(rows, overhead)
     name = result_name("one-core", "cpu", options.quick)
     path = save(name, rows, options.out, overhead=overhead, left_out=budget.left_out)

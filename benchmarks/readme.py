@@ -197,16 +197,17 @@ OVERHEAD = {
 def overhead() -> str:
     """Time of a step in which there is nothing to compute."""
     results = read("one-core")
-    steps = results["overhead"]
+    columns = [
+        (case, key) for case in results["overhead"] for key in ("milliseconds", "to_backprop")
+    ]
     rows = [
-        [
-            label,
-            *(median(steps[key], name, "{:.2f}".format) for key in ("milliseconds", "to_backprop")),
-        ]
+        [label, *(median(case[key], name, "{:.2f}".format) for case, key in columns)]
         for name, label in OVERHEAD.items()
     ]
-    text = table(["a step", "ms", "of backprop's"], rows)
-    return f"{steps['case']} ({where(results['machine'])}):\n\n{text}"
+    head = [
+        f"{case['case']}, ms" if key == "milliseconds" else "of backprop's" for case, key in columns
+    ]
+    return f"({where(results['machine'])}):\n\n{table(['a step', *head], rows)}"
 
 
 def kinds_table(results: dict[str, Any]) -> str:

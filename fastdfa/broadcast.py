@@ -214,6 +214,11 @@ class ChainFeedback(NamedTuple):
     dense: list[Tensor]
     announced: _Announced
 
+    @property
+    def projection(self) -> tuple[Group, list[Tensor], Tensor]:
+        """See `chain.Projection`, in a backward pass."""
+        return self.group, self.dense, self.announced.error
+
 
 class _InTurn:
     """The feedback of one backward pass, made point by point; what several share, once."""

@@ -120,35 +120,38 @@ def _compute(layers: list[nn.Module], gates: list[Gate], x: Tensor) -> Chain:
     return chain
 
 
-Error = tuple[Group, list[Tensor], Tensor]  # what is fed, the dense matrices, and e [M, C]
+# What the projections e B of a chain are made from: what is fed, the dense matrices, and e [M, C].
+Projection = tuple[Group, list[Tensor], Tensor]
 
 
 def gradients(
-    fed: Error | None,
-    gates: list[Gate],
+    projection: Projection | None,
+    gates: Sequence[Gate],
     x: Tensor,
     hidden: list[Tensor],
-    grads: list[Tensor | None],
+    grads: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """The weight gradients of a chain, and the sums of its deltas over rows.
 
     Args:
-        fed: the feedback of its first layers.
+        projection: of its first layers, which are fed.
+        gates, grads: of each layer, where its output may receive a gradient besides.
         x, hidden: its input and the outputs of its layers. `hidden` is emptied from the top, as
             layers are done, so that their memory is free for the gradients.
-        grads: what else each output receives.
         needed: whether each weight gradient is.
     """
     weights: list[Tensor | None] = []
     sums: list[Tensor | None] = []
     x = as_matrix(x)
     while hidden:
-        first = plan.first_of_group(hidden, 0 if fed is None else fed[2].shape[1])
+        classes = 0 if projection is None else projection[2].shape[1]
+        first = plan.first_of_group(hidden, classes)
         saved = [as_matrix(h) for h in hidden[first:]]
         inputs = [as_matrix(hidden[first - 1]) if first else x, *saved[:-1]]
         del hidden[first:]
-        deltas, totals = _deltas(fed, gates[first:], saved, grads[first:], first)
+        group = slice(first, first + len(saved))
+        deltas, totals = _deltas(projection, gates[group], saved, grads[group], first)
         made: list[Tensor | None] = [None] * len(saved)
         trained = [i for i, d in enumerate(deltas) if d is not None and needed[first + i]]
         columns = ([values[i] for i in trained] for values in (deltas, saved, inputs))
@@ -159,7 +162,7 @@ def gradients(
 
 
 def _deltas(
-    fed: Error | None,
+    projection: Projection | None,
     gates: Sequence[Gate],
     saved: list[Tensor],
     grads: Sequence[Tensor | None],
@@ -168,11 +171,12 @@ def _deltas(
     """The deltas of some layers of a chain, from number `first` on, and their sums over rows."""
     deltas: list[Tensor | None] = []
     sums: list[Tensor | None] = []
-    if fed is not None:
-        group, dense, error = fed
+    if projection is not None:
+        group, dense, error = projection
         targets = group.fused[first : first + len(saved)]
         dense = dense[first : first + len(targets)] if len(dense) > 1 else dense
-        deltas, sums = products(group, error, dense, targets, saved[: len(targets)])
+        if targets:
+            deltas, sums = products(group, error, dense, targets, saved[: len(targets)])
     for _ in range(len(saved) - len(deltas)):
         deltas.append(None), sums.append(None)
     for i, grad in enumerate(grads):
@@ -205,13 +209,10 @@ class _ActivatedChain(torch.autograd.Function):
         x, *hidden = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()
         *grads, announced = grads
-        feedback = None
-        if announced is not None:
-            group, dense, of = ctx.fed[0]
-            feedback = (group, dense, of.error)
+        projection = None if announced is None else ctx.fed[0].projection
         count = len(hidden)
         needed = ctx.needs_input_grad[4:]
-        weights, sums = gradients(feedback, ctx.gates, x, hidden, grads, needed[:count])
+        weights, sums = gradients(projection, ctx.gates, x, hidden, grads, needed[:count])
         biases = [
             total.to(dtype) if total is not None and needs else None
             for total, dtype, needs in zip(sums, ctx.bias_dtypes, needed[count:], strict=True)

@@ -54,20 +54,27 @@ def find(root: DFA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | 
         return None
     if saved_tensor_hooks_active():
         return None
-    network = _layers(sequential)
-    if network is None:
+    found = _layers(sequential)
+    if found is None:
         return None
+    if root.direct_gradients:
+        check_alone()
+    layers, gates, key = found
     tf32 = ops.allow_tf32(x.device, x.dtype)
     settings = (x.dtype, x.device, autocast_dtype(x), tf32, root.read_seed(), root.feedback)
-    return network._replace(direct=root.direct_gradients, key=(*network.key, *settings))
+    return Network(layers, gates, root.direct_gradients, (*key, *settings))
 
 
-def _layers(sequential: nn.Sequential) -> Network | None:
+def _layers(
+    sequential: nn.Sequential,
+) -> tuple[list[nn.Module], list[Gate], list[Any]] | None:
     """Hidden layers whose gates are known and a head without one, if that is all there is.
 
     What does not fit together otherwise (widths, dtypes, devices) the ops refuse.
     """
-    layers, gates, key = [], [], []
+    layers: list[nn.Module] = []
+    gates: list[Gate] = []
+    key: list[Any] = []
     gate = None
     for module in sequential._modules.values():
         if type(module) is not Linear:
@@ -85,7 +92,7 @@ def _layers(sequential: nn.Sequential) -> Network | None:
             gates.append(gate)
     if not gates or gate is not None or layers[-1]._modules.get("activation") is not None:
         return None
-    return Network(layers, gates, False, tuple(key))
+    return layers, gates, key
 
 
 def planned(network: Network, tape: Tape, made: plan.Plan | None) -> Planned | None:
@@ -95,8 +102,6 @@ def planned(network: Network, tape: Tape, made: plan.Plan | None) -> Planned | N
     chain, *others = tape.in_order()
     if others or chain.layers != network.layers[:-1] or len(chain.readers) != len(chain.layers):
         return None
-    if network.direct:
-        check_alone()
     return Planned(network.key, made.chains[0])
 
 
@@ -110,6 +115,9 @@ def forward(network: Network, planned: Planned, x: Tensor) -> Tensor:
     tracked = [ANCHOR] if direct else [*weights, *biases]
     written = parameters + biases if direct else None
     return _Network.apply(network.gates, planned.feedback, written, x, weights, biases, *tracked)
+
+
+_BEFORE_PARAMETERS = 6  # arguments of `_Network.forward`
 
 
 class _Network(torch.autograd.Function):
@@ -130,26 +138,24 @@ class _Network(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, error):
-        nothing = [None] * 6
         if error is None:
-            return *nothing, *[None] * (len(ctx.needs_input_grad) - 6)
+            return (None,) * len(ctx.needs_input_grad)
         x, *hidden = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()
         e, count = as_matrix(error), len(hidden) + 1
         group, dense, _ = ctx.feedback
-        written = ctx.written is not None
-        needed = [True] * count if written else ctx.needs_input_grad[6 : 6 + count]
+        direct = ctx.written is not None
+        needed = [True] * count if direct else ctx.needs_input_grad[_BEFORE_PARAMETERS:][:count]
         head = e.t() @ hidden[-1] if needed[-1] else None
         weights, sums = gradients((group, dense, e), [], x, hidden, [], needed)
         weights.append(head)
-        biases: list[Tensor | None] = []
-        for total, dtype in zip([*sums, e], ctx.bias_dtypes, strict=True):
-            if dtype is None:
-                biases.append(None)
-                continue
-            total = e.sum(0) if total is e else total
-            biases.append(total if total.dtype == dtype else total.to(dtype))
-        if written:
+        sums.append(None if ctx.bias_dtypes[-1] is None else e.sum(0))
+        biases = [
+            None if dtype is None else total.to(dtype)
+            for total, dtype in zip(sums, ctx.bias_dtypes, strict=True)
+        ]
+        nothing = [None] * _BEFORE_PARAMETERS
+        if direct:
             accumulate(ctx.written, weights + biases)
             return *nothing, None
         return *nothing, *weights, *biases

@@ -13,10 +13,10 @@ from .activations import IDENTITY
 from .broadcast import Group, Target
 from .tape import Affine, Chain, LayerRecord, Point, Receiver
 
-# The deltas of one group of layers exist at a time: of one layer, or of as many as fit in this. At
-# its peak backprop holds two gradients of a layer's size: a step takes 279 MiB against its 288 at
-# 16x512, batch 8192, on the CPU. And deltas this small are still in the cache for the weight
-# gradients; on CUDA in the L2 cache, 40 MB on an A100 and 50 MB on an H100 (predicted).
+# Outside chains the deltas of one group of layers exist at a time: of one layer, or of as many as
+# fit in this. At its peak backprop holds two gradients of a layer's size. And deltas this small are
+# still in the cache for the weight gradients; on CUDA in the L2 cache, 40 MB on an A100 and 50 MB
+# on an H100 (predicted).
 WORKSPACE_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
 
 # The same within a chain, whose node frees its activations as it goes down: with 4 MiB a step of

@@ -1,8 +1,11 @@
 """Small networks and what is read from them, shared by the tests."""
 
+import gc
+
 import torch
 from formulas import ACTIVATIONS, Layer, mlp_gradients
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastdfa
 
@@ -121,6 +124,34 @@ class Apply(nn.Module):
 
     def forward(self, x):
         return self.function(x)
+
+
+def assert_nothing_is_kept_alive(model, x, g, until, monkeypatch):
+    """The outputs of the hidden layers are freed at the end of backward, or with y before it.
+
+    Returns the name of the node behind y.
+    """
+    references, op = [], fastdfa.ops.linear_chain
+
+    def watched(*args):
+        hidden = op(*args)
+        references.extend(StorageWeakRef(h.untyped_storage()) for h in hidden)
+        return hidden
+
+    monkeypatch.setattr(fastdfa.ops, "linear_chain", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        y = model(x)
+        name = y.grad_fn.name()
+        assert len(references) == 3 and not any(r.expired() for r in references)
+        if until == "backward":
+            (y * g).sum().backward()
+        del y
+        assert all(r.expired() for r in references)
+    finally:
+        gc.enable()
+    return name
 
 
 X, G = randn(6, 5), randn(6, 3)  # an input and an error for the `model` of conftest.py

@@ -2,17 +2,31 @@
 one, to the last bit, and right whatever else is done with them (DESIGN 5.1)."""
 
 import copy
-import gc
 import warnings
 
 import pytest
 import torch
-from networks import RULE, assert_close, expected_gradients, gradients, mlp, randn, step
+from networks import (
+    RULE,
+    assert_close,
+    assert_nothing_is_kept_alive,
+    expected_gradients,
+    gradients,
+    mlp,
+    randn,
+    step,
+)
 from test_ops import FROM_OUTPUT
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastdfa
+from fastdfa import network, plan
+
+
+@pytest.fixture(autouse=True)
+def no_whole_networks(monkeypatch):
+    """Here every pass has a tape, and its plan, also where a network is nothing but a chain."""
+    monkeypatch.setattr(network, "find", lambda *args: None)
 
 
 @pytest.fixture
@@ -333,6 +347,22 @@ def test_an_output_that_leaves_the_chain_has_its_gradient():
         assert_close(a, b)
 
 
+@pytest.mark.parametrize("rule", [
+    RULE, fastdfa.Feedback(seed=1, shared=False), fastdfa.Feedback(seed=1, dense=False),
+    fastdfa.Feedback(seed=1, dense=False, shared=False),
+])  # fmt: skip
+def test_groups_of_which_no_layer_is_fed(rule, monkeypatch):
+    """The top ones, where layers computed ahead are not called, or their outputs not read."""
+    monkeypatch.setitem(plan.CHAIN_DELTA_BYTES, "cpu", 1)
+    for how in ("stops early", "normalised between"):
+        model = fastdfa.DFA(Used(how).double(), feedback=rule)
+        other = one_by_one(model)
+        step(model, X, G), step(other, X, G)
+        for a, b in zip(gradients(model).values(), gradients(other).values(), strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
+
+
 def test_a_skip_round_a_chain_is_refused():
     class Skip(nn.Module):
         def __init__(self):
@@ -497,27 +527,10 @@ def test_no_gradient_is_copied():
 
 @pytest.mark.parametrize("until", ["forward", "backward"])
 def test_nothing_is_kept_alive(until, monkeypatch):
-    model, references = mlp(WIDTHS), []
+    model = mlp(WIDTHS)
     step(model, X, G)
-    op = fastdfa.ops.linear_chain
-
-    def watched(*args):
-        hidden = op(*args)
-        references.extend(StorageWeakRef(h.untyped_storage()) for h in hidden)
-        return hidden
-
-    monkeypatch.setattr(fastdfa.ops, "linear_chain", watched)
-    gc.collect()
-    gc.disable()
-    try:
-        y = model(X)
-        assert len(references) == 3 and not any(r.expired() for r in references)
-        if until == "backward":
-            (y * G).sum().backward()
-        del y
-        assert all(r.expired() for r in references)
-    finally:
-        gc.enable()
+    node = assert_nothing_is_kept_alive(model, X, G, until, monkeypatch)
+    assert node == "_AnnounceBackward"
 
 
 def test_under_autocast(chains):

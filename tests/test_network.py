@@ -2,12 +2,20 @@
 equal to the layers one by one, to the last bit, and only where nothing could notice."""
 
 import copy
-import gc
 import pickle
 
 import pytest
 import torch
-from networks import RULE, assert_close, expected_gradients, gradients, mlp, randn, step
+from networks import (
+    RULE,
+    assert_close,
+    assert_nothing_is_kept_alive,
+    expected_gradients,
+    gradients,
+    mlp,
+    randn,
+    step,
+)
 from test_chain import one_by_one, same_gradients
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -346,28 +354,10 @@ def test_no_double_backward():
 
 @pytest.mark.parametrize("until", ["forward", "backward"])
 def test_nothing_is_kept_alive(until, monkeypatch):
-    model, references = mlp(WIDTHS), []
+    model = mlp(WIDTHS)
     step(model, X, G)
-    op = fastdfa.ops.linear_chain
-
-    def watched(*args):
-        hidden = op(*args)
-        references.extend(StorageWeakRef(h.untyped_storage()) for h in hidden)
-        return hidden
-
-    monkeypatch.setattr(fastdfa.ops, "linear_chain", watched)
-    gc.collect()
-    gc.disable()
-    try:
-        y = model(X)
-        assert is_one_node(y) and len(references) == 3
-        assert not any(r.expired() for r in references)
-        if until == "backward":
-            (y * G).sum().backward()
-        del y
-        assert all(r.expired() for r in references)
-    finally:
-        gc.enable()
+    node = assert_nothing_is_kept_alive(model, X, G, until, monkeypatch)
+    assert node == "_NetworkBackward"
 
 
 @pytest.mark.parametrize("rule", [RULE, fastdfa.Feedback(seed=1, shared=False)])
@@ -466,10 +456,14 @@ def test_direct_gradients_are_not_those_of_autograd():
         torch.autograd.grad(model(X).sum(), [model.module[1].weight])
 
 
-def test_direct_gradients_among_several_processes(monkeypatch):
+@pytest.mark.parametrize("passes_before", [0, 2])
+def test_direct_gradients_among_several_processes(passes_before, monkeypatch):
+    model = mlp(WIDTHS, direct_gradients=True)
+    for _ in range(passes_before):
+        step(model, X, G)
+    model.zero_grad()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    model = mlp(WIDTHS, direct_gradients=True)
     with pytest.raises(RuntimeError, match="2 processes: leave it False"):
         model(X)
     assert all(p.grad is None for p in model.parameters())

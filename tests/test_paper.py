@@ -13,12 +13,13 @@ from torch import nn
 
 import fastdfa
 
+pytest.importorskip("rich")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-paper = pytest.importorskip("paper")  # needs rich
 
-import paper_report  # noqa: E402
-from paper_networks import build, hidden_layers, mask, prealign  # noqa: E402
-from paper_table import BOTTLENECKS, PUBLISHED, RUNS, Config  # noqa: E402
+import paper
+import paper_report
+from paper_networks import build, hidden_layers, mask, prealign
+from paper_table import BOTTLENECKS, PUBLISHED, RUNS, Config
 
 
 @pytest.fixture(scope="module")

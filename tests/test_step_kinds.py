@@ -13,14 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import step_kinds
 from step_kinds import SWEEP, data_of, network, operations, steps_of
-
-import fastdfa
+from test_ops import needs_extension
 
 FEW = 2  # samples
 # In plain PyTorch the projection e B is a product like any other, and is counted.
-counts_no_projection = pytest.mark.skipif(
-    "cpu" not in fastdfa.build_info()["kernels"], reason="no extension"
-)
+counts_no_projection = needs_extension
 
 
 @pytest.fixture(scope="module", params=SWEEP, ids=lambda case: case.name)

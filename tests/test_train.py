@@ -15,17 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import data  # noqa: E402  (from the folder put on the path above)
+import data
+import seeds
+import train
 
-for needed in ("rich", "matplotlib", "sklearn"):
-    pytest.importorskip(needed)
-
-import seeds  # noqa: E402  (needs the packages just looked for)
-import train  # noqa: E402  (needs the packages just looked for)
-
+BENCHMARKS = Path(train.__file__).parent
 TINY = [
     "--width=16",
     "--depth=2",

@@ -130,7 +130,6 @@ def gradients(
     x: Tensor,
     hidden: list[Tensor],
     grads: Sequence[Tensor | None],
-    needed: Sequence[bool],
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """The weight gradients of a chain, and the sums of its deltas over rows.
 
@@ -139,7 +138,6 @@ def gradients(
         gates, grads: of each layer, where its output may receive a gradient besides.
         x, hidden: its input and the outputs of its layers. `hidden` is emptied from the top, as
             layers are done, so that their memory is free for the gradients.
-        needed: whether each weight gradient is.
     """
     weights: list[Tensor | None] = []
     sums: list[Tensor | None] = []
@@ -153,7 +151,7 @@ def gradients(
         group = slice(first, first + len(saved))
         deltas, totals = _deltas(projection, gates[group], saved, grads[group], first)
         made: list[Tensor | None] = [None] * len(saved)
-        trained = [i for i, d in enumerate(deltas) if d is not None and needed[first + i]]
+        trained = [i for i, d in enumerate(deltas) if d is not None]
         columns = ([values[i] for i in trained] for values in (deltas, saved, inputs))
         for i, grad in zip(trained, LINEAR.weight_gradients(*columns), strict=True):
             made[i] = grad
@@ -210,12 +208,10 @@ class _ActivatedChain(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()
         *grads, announced = grads
         projection = None if announced is None else ctx.fed[0].projection
-        count = len(hidden)
-        needed = ctx.needs_input_grad[4:]
-        weights, sums = gradients(projection, ctx.gates, x, hidden, grads, needed[:count])
+        weights, sums = gradients(projection, ctx.gates, x, hidden, grads)
         biases = [
-            total.to(dtype) if total is not None and needs else None
-            for total, dtype, needs in zip(sums, ctx.bias_dtypes, needed[count:], strict=True)
+            None if total is None or dtype is None else total.to(dtype)
+            for total, dtype in zip(sums, ctx.bias_dtypes, strict=True)
         ]
         return None, None, None, None, *weights, *biases
 

@@ -129,7 +129,7 @@ class DFA(nn.Module):
         tape.looks_ahead = self.looks_ahead and not sharded
         y = self._run(tape, args, kwargs)
         if whole is not None:
-            self._network = network.planned(whole, tape, self._plan)
+            self._network = network.planned(whole, self._plan)
         return y
 
     def _run(self, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -21,7 +21,6 @@ from .activations import Gate
 from .chain import gradients, hooked, in_dtype_of_autocast, ready
 from .fused import as_matrix, autocast_dtype, saved_tensor_hooks_active
 from .layers import Linear
-from .tape import Tape
 
 if TYPE_CHECKING:
     from .dfa import DFA
@@ -48,7 +47,7 @@ def find(root: DFA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | 
     if len(args) != 1 or kwargs or torch.compiler.is_compiling() or not root.looks_ahead:
         return None
     (x,), sequential = args, root.module
-    if type(sequential) is not nn.Sequential or root.output is not None or hooked(sequential):
+    if type(sequential) is not nn.Sequential or hooked(sequential):
         return None
     if type(x) is not Tensor or x.dim() < 2 or x.requires_grad or _has_any_global_hook():
         return None
@@ -87,7 +86,7 @@ def _layers(
         if weight is None:
             return None
         layers.append(module)
-        key += (module, gate, weight.shape, module._parameters["bias"] is None)
+        key += (module, gate, weight.shape)
         if gate is not None:
             gates.append(gate)
     if not gates or gate is not None or layers[-1]._modules.get("activation") is not None:
@@ -95,12 +94,11 @@ def _layers(
     return layers, gates, key
 
 
-def planned(network: Network, tape: Tape, made: plan.Plan | None) -> Planned | None:
-    """What the pass of a tape has planned, where its chain was all of the network."""
-    if made is None or made.nodes or len(made.chains) != 1:
+def planned(network: Network, made: plan.Plan | None) -> Planned | None:
+    """What a pass has planned, where one chain, fed as a whole, was all of the network."""
+    if made is None or len(made.chains) != 1:
         return None
-    chain, *others = tape.in_order()
-    if others or chain.layers != network.layers[:-1] or len(chain.readers) != len(chain.layers):
+    if len(made.chains[0].group.fused) != len(network.gates):
         return None
     return Planned(network.key, made.chains[0])
 
@@ -142,12 +140,10 @@ class _Network(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, *hidden = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()
-        e, count = as_matrix(error), len(hidden) + 1
+        e = as_matrix(error)
         group, dense, _ = ctx.feedback
-        direct = ctx.written is not None
-        needed = [True] * count if direct else ctx.needs_input_grad[_BEFORE_PARAMETERS:][:count]
-        head = e.t() @ hidden[-1] if needed[-1] else None
-        weights, sums = gradients((group, dense, e), [], x, hidden, [], needed)
+        head = e.t() @ hidden[-1]
+        weights, sums = gradients((group, dense, e), [], x, hidden, [])
         weights.append(head)
         sums.append(None if ctx.bias_dtypes[-1] is None else e.sum(0))
         biases = [
@@ -155,7 +151,7 @@ class _Network(torch.autograd.Function):
             for total, dtype in zip(sums, ctx.bias_dtypes, strict=True)
         ]
         nothing = [None] * _BEFORE_PARAMETERS
-        if direct:
+        if ctx.written is not None:
             accumulate(ctx.written, weights + biases)
             return *nothing, None
         return *nothing, *weights, *biases

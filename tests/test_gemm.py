@@ -185,6 +185,15 @@ def test_the_layers_of_a_chain_lie_in_a_row(monkeypatch, rows, autocast):
             assert [*held[:2], *held[3:]] == taken
 
 
+def test_outputs_that_share_a_buffer_are_bounded(monkeypatch):
+    """Those of one buffer are freed together: as many as a step may hold at a time."""
+    monkeypatch.setattr(gemm, "library", lambda: "torch")
+    monkeypatch.setitem(gemm._BUFFER_BYTES, "cpu", 2 * 6 * 8 * 8)
+    outputs = ops.linear_chain(randn(6, 8), *layers([8] * 6, ["tanh"] * 5))
+    storages = [h.untyped_storage().data_ptr() for h in outputs]
+    assert [storages.count(each) for each in storages] == [2, 2, 2, 2, 1]
+
+
 @pytest.mark.parametrize("rows, k, n", [(0, 5, 4), (5, 0, 4), (5, 4, 0)])
 def test_empty(library, rows, k, n):
     x, weight, bias = torch.randn(rows, k), torch.randn(n, k), torch.randn(n)

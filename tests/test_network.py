@@ -215,6 +215,26 @@ def test_backprop_and_no_grad():
     assert is_one_node(model(X))
 
 
+def test_after_a_pass_that_was_computed_ahead_in_vain():
+    """Its layers are not computed ahead again, and a network of them is none."""
+    model = mlp(WIDTHS)
+    between = nn.Identity()
+    model.module.insert(2, between)
+    handle = between.register_forward_hook(lambda module, args, h: h.clone())
+    step(model, X, G)
+    handle.remove()
+    assert not passed(model)
+
+
+def test_what_asks_for_layers_one_by_one_has_them_later_too():
+    model = mlp(WIDTHS)
+    assert passed(model)
+    model.looks_ahead = False
+    assert not is_one_node(model(X))
+    model.looks_ahead = True
+    assert is_one_node(model(X))
+
+
 def test_a_tap_and_a_subclass():
     class Own(nn.Sequential):
         def forward(self, x):
@@ -405,6 +425,23 @@ def test_a_chain_is_done_in_groups_from_the_top(whole, rule, monkeypatch):
     loss.backward()
     for name, grad in gradients(model).items():
         assert_close(grad, 3 * expected[name])
+
+
+def test_many_classes_that_share_a_product_are_one_group(monkeypatch):
+    """As each group would make it anew."""
+    monkeypatch.setitem(plan.CHAIN_DELTA_BYTES, "cpu", 1)
+    lengths, op = [], fastdfa.ops.weight_gradients
+    monkeypatch.setattr(
+        fastdfa.ops, "weight_gradients", lambda d, x: lengths.append(len(d)) or op(d, x)
+    )
+    for classes in (63, 64):
+        model, g = mlp([5, 12, 8, 9, classes]), randn(6, classes)
+        for _ in range(2):
+            model.zero_grad()
+            lengths.clear()
+            step(model, X, g)
+            assert lengths == ([1, 1, 1] if classes == 63 else [3])
+            assert_close(gradients(model), expected_gradients(model, X, g))
 
 
 # Gradients written directly -------------------------------------------------------------------

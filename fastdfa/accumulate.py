@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .fused import in_dtype
+
 # The one input that requires grad of a node whose parameters are none: its gradient is never made.
 ANCHOR = torch.zeros((), requires_grad=True)
 
@@ -20,7 +22,7 @@ def accumulate(parameters: Iterable[Tensor | None], grads: Iterable[Tensor | Non
         if grad is None:
             continue
         if parameter.grad is None:
-            parameter.grad = grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
+            parameter.grad = in_dtype(grad, parameter.dtype)
         else:
             parameter.grad.add_(grad)
 

@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 from . import ops, plan
 from .activations import Gate, gate_of
 from .broadcast import Group, products
-from .fused import LINEAR, as_matrix, autocast_dtype, saved_tensor_hooks_active
+from .fused import LINEAR, as_matrix, autocast_dtype, in_dtype, saved_tensor_hooks_active
 from .tape import Chain, Edge, state
 
 
@@ -210,7 +210,7 @@ class _ActivatedChain(torch.autograd.Function):
         projection = None if announced is None else ctx.fed[0].projection
         weights, sums = gradients(projection, ctx.gates, x, hidden, grads)
         biases = [
-            None if total is None or dtype is None else total.to(dtype)
+            None if total is None or dtype is None else in_dtype(total, dtype)
             for total, dtype in zip(sums, ctx.bias_dtypes, strict=True)
         ]
         return None, None, None, None, *weights, *biases

@@ -19,7 +19,7 @@ from . import ops, plan
 from .accumulate import ANCHOR, accumulate, check_alone, unwatched
 from .activations import Gate
 from .chain import gradients, hooked, in_dtype_of_autocast, ready
-from .fused import as_matrix, autocast_dtype, saved_tensor_hooks_active
+from .fused import as_matrix, autocast_dtype, in_dtype, saved_tensor_hooks_active
 from .layers import Linear
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class _Network(torch.autograd.Function):
         weights.append(head)
         sums.append(None if ctx.bias_dtypes[-1] is None else e.sum(0))
         biases = [
-            None if dtype is None else total.to(dtype)
+            None if dtype is None else in_dtype(total, dtype)
             for total, dtype in zip(sums, ctx.bias_dtypes, strict=True)
         ]
         nothing = [None] * _BEFORE_PARAMETERS

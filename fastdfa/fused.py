@@ -148,6 +148,9 @@ def activated(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate, affine
         return h
     if not (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return h
+    tape = state.tape
+    if tape is not None and tape.tapped is None and not tape.saves:
+        return tape.unsaved(h)
     fed = None if torch.compiler.is_compiling() else []
     output = affine.attached(h, a, x, weight, bias, gate, fed)
     saved = h if a is None else a

@@ -266,6 +266,7 @@ class Tape:
 
     looks_ahead = True  # whether layers may be computed ahead of their calls
     cuts = True  # whether a layer goes on from its input without the history of that
+    saves = True  # whether layers keep what their backward needs; else they return `unsaved`
 
     def __init__(self, root: nn.Module, inputs: list[Tensor], tap: nn.Module | None) -> None:
         self.root = root

@@ -279,11 +279,14 @@ class _UncutPass(Tape):
         before = [getattr(root, name) for name in kept]  # what the first pass of training checks
         try:
             layout = root._lay_out(points, names, self.error)
-            sent = root._feed(points, root._settled(layout), layout.widest, self.error, False)
+            settled, target = root._settled(layout), root.target
+            sent = root._signal(self.error, self.output)
+            root.target = target
+            fed = root._feed(points, settled, layout.widest, self.error, sent, False)
         finally:
             for name, value in zip(kept, before, strict=True):
                 setattr(root, name, value)
-        return list(torch.autograd.grad(sent, [point.tensor for point in points], self.error))
+        return list(torch.autograd.grad(fed, [point.tensor for point in points], sent))
 
     def _cosines(self, true: Tensor, fed: Tensor) -> Tensor:
         """Row by row, [M], on the CPU."""

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import ops, signals
 from .activations import IDENTITY
 from .fused import as_matrix
+from .signals import Signal
 from .tape import Affine, Chain, Fed
 
 # Up to here a projection is made as fast as memory takes it, and anew for each point that is fed in
@@ -274,6 +275,69 @@ class _InTurn:
         dense = self.dense[index : index + 1] if len(self.dense) > 1 else self.dense
         (delta,), (sums,) = products(self.group, self.error, dense, [target], [saved])
         return delta, sums
+
+
+class Sender(NamedTuple):
+    """What is projected in place of an error: a signal of it, times Q where B = Q P.
+
+    Then the nodes that feed points stand at a carrier, a blank [M, columns], not at the output.
+    """
+
+    signal: Signal
+    low: Tensor | None  # Q [columns of the signal, rank]
+    target: Tensor | None
+
+    def of(self, error: Tensor, output: Tensor | None) -> Tensor:
+        """[M, columns] of an error and an output, [*rows, C], and of `target`, [M, C]."""
+        output = None if output is None else as_matrix(output)
+        made = signals.made(self.signal, as_matrix(error), output, self.target)
+        if self.low is None:
+            return made
+        made = made.to(torch.promote_types(made.dtype, torch.float32))
+        return made @ self.low.to(made.dtype)
+
+    def checked(self, output: Tensor) -> Sender:
+        """With the target as the rows that belong to this output; an error if it does not fit."""
+        if not self.signal.needs_target and self.target is None:
+            return self
+        if self.target is None:
+            raise RuntimeError(
+                f"the signal {type(self.signal).__name__} needs the target: set the target of the "
+                "DFA (model.target = y) before each forward pass"
+            )
+        return self._replace(target=signals.as_rows(self.target, output))
+
+    def carrier(self, output: Tensor) -> Tensor:
+        columns = self.signal.columns(output.shape[-1])
+        if self.low is not None:
+            columns = self.low.shape[1]
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        return output.new_empty((), dtype=dtype).expand(output.shape[:-1].numel(), columns)
+
+    def joined(self, y: Tensor, carrier: Tensor) -> Tensor:
+        """y, whose error goes on to it, and what is projected to the carrier."""
+        output = y if self.signal.needs_output else None
+        return _Signalled.apply(self.signal, y, carrier, output, self.low, self.target)
+
+
+class _Signalled(torch.autograd.Function):
+    """Passes y through; in backward makes what is projected of the error, for the carrier."""
+
+    @staticmethod
+    def forward(ctx, signal: Signal, y: Tensor, carrier: Tensor, output, low, target) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.signal = signal
+        ctx.save_for_backward(output, low, target)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, error: Tensor | None):
+        if error is None:
+            return (None,) * 6
+        output, low, target = ctx.saved_tensors
+        sent = Sender(ctx.signal, low, target).of(error, output)
+        return None, error, sent, None, None, None
 
 
 class Send(torch.autograd.Function):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import capture, fsdp, graph, network, ops, plan
+from . import capture, fsdp, graph, network, ops, plan, signals
 from . import feedback as feedback_rules
-from .broadcast import Broadcast, BroadcastInTurn, Group, Send, Target, announce
-from .feedback import DenseCache, Feedback, Source
+from .broadcast import Broadcast, BroadcastInTurn, Group, Send, Sender, Target, announce
+from .feedback import LOW_RANK_STREAM, DenseCache, Feedback, Source
 from .ops.reference import accumulation_dtype
 from .tape import Chain, Point, Receiver, Tape, state
 
@@ -28,7 +28,8 @@ _MADE_AGAIN = (
 
 
 class Layout(NamedTuple):
-    """The sizes of a forward pass: classes C, and (name, n_l, dtype, device) of every point."""
+    """The sizes of a forward pass: what is projected has C columns, as the error has, unless the
+    signal has others; and (name, n_l, dtype, device) of every point."""
 
     classes: int
     points: tuple[tuple[str, int, torch.dtype, torch.device], ...]
@@ -69,6 +70,10 @@ class DFA(nn.Module):
             backward on the stream of the forward pass. A network with hooks on gradients of
             parameters trains as without this option.
 
+    Attributes:
+        target: what a `Feedback` with a signal of the target reads, set before each forward pass,
+            which takes it: class indices [*rows], or of the output's shape [*rows, C].
+
     Buffers: `seed`, int64: the one source of randomness of B. It is in the checkpoint, B is not.
         The host reads it only after it was written. DistributedDataParallel writes it in every
         forward pass, and on a GPU each such read waits for the work before it. To avoid that, give
@@ -101,6 +106,7 @@ class DFA(nn.Module):
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
+        self.target: Tensor | None = None
         self._key = seed
         self._reset()
 
@@ -121,7 +127,8 @@ class DFA(nn.Module):
             return state.instead[self](args, kwargs)
         whole = network.find(self, args, kwargs)
         if whole is not None and self._network is not None and self._network.key == whole.key:
-            return network.forward(whole, self._network, *args)
+            sender = self._sender(args[0].device, self._layout.classes)
+            return network.forward(whole, self._network, *args, sender)
         sharded = not torch.compiler.is_compiling() and fsdp.watch_sharded_blocks(self.module)
         inputs = [x for x in tree_leaves((args, kwargs)) if _requires_grad(x)]
         tape = Tape(self, inputs, self._install_tap())
@@ -166,17 +173,13 @@ class DFA(nn.Module):
         for point, features, dtype, device in self._layout.points if self._layout else ():
             if point != name:
                 continue
-            matrix = ops.feedback(
-                self._layout.classes,
-                features,
-                seed=self.read_seed(),
-                stream=self.feedback.stream(name),
-                distribution=self.feedback.distribution,
-                dtype=accumulation_dtype(dtype),
-                device=device,
-            )
-            widest = self._layout.widest
-            return matrix * self.feedback.deviation(self._layout.classes, features, widest)
+            rule, classes, dtype = self.feedback, self._layout.classes, accumulation_dtype(dtype)
+            settings = (rule.stream(name), rule.distribution, rule.density)
+            source = Source(self.read_seed(), *settings, dtype, device)
+            matrix = source.matrix(rule.rows(classes), features)
+            if rule.rank is not None:
+                matrix = self._low(classes, device).to(dtype) @ matrix
+            return matrix * rule.deviation(classes, features, self._layout.widest)
         raise KeyError(f"no feedback point {name!r}; there are {self.feedback_points}")
 
     def extra_repr(self) -> str:
@@ -196,11 +199,42 @@ class DFA(nn.Module):
             made = self._planned(tape, units, y, None, seed)
         else:
             made = self._plan_of(tape, units, y, seed)
+        sender = self._sender(y.device, self._columns(y))
+        if sender is None or not units:
+            return self._sent(units, made, y)
+        sender = sender.checked(y)
+        return sender.joined(y, self._sent(units, made, sender.carrier(y)))
+
+    def _sent(self, units: list[Point | Chain], made: plan.Plan, y: Tensor) -> Tensor:
+        """y, or a carrier, behind all that feeds the points."""
         y = self._fed(made.nodes, plan.receivers(units, made.chains), y)
         if not made.chains:
             return y
         chains = [(node, units[node.unit]) for node in made.chains]
         return announce(y, [(chain, node.group, node.dense) for node, chain in chains])
+
+    def _columns(self, y: Tensor) -> int:
+        """Of what is projected."""
+        return self.feedback.sends.columns(index(y.shape[-1]))
+
+    def _sender(self, device: torch.device, columns: int) -> Sender | None:
+        """What makes the signal [M, columns] of this pass, which takes the target; None where it is
+        the error itself."""
+        signal, target = self.feedback.sends, self.target
+        if target is not None:
+            self.target = None
+        if isinstance(signal, signals.Error) and self.feedback.rank is None:
+            return None
+        return Sender(signal, self._low(columns, device), target)
+
+    def _low(self, columns: int, device: torch.device) -> Tensor | None:
+        """Q [columns, rank], whose entries have the variance 1 / rank."""
+        rank = self.feedback.rank
+        if rank is None:
+            return None
+        seed, place = self.read_seed(), (torch.float32, device)
+        (made,) = self._dense(seed, LOW_RANK_STREAM, 1.0, columns, rank, (), *place)
+        return made * rank**-0.5
 
     def _plan_of(self, tape: Tape, units: list[Point | Chain], y: Tensor, seed: int) -> plan.Plan:
         """The plan of the pass before, where that serves this one as well."""
@@ -251,7 +285,7 @@ class DFA(nn.Module):
             (name, plan.features_of(point, name, y), point.tensor.dtype, point.tensor.device)
             for point, name in zip(points, names, strict=True)
         )
-        return Layout(index(y.shape[-1]), sizes)
+        return Layout(self._columns(y), sizes)
 
     def _settled(self, layout: Layout) -> list[Settled]:
         """Of every point, what settles its B; an error where a size is not as before."""
@@ -274,7 +308,7 @@ class DFA(nn.Module):
         """The products for points, which stand at these places among the receivers."""
         if not torch.compiler.is_compiling():
             plan.check_unmodified(points, [each.name for each in settled])
-        classes = index(y.shape[-1])
+        classes = self._columns(y)
         return [
             plan.feed_of(point, place, y, *each[1:], self._keeps_dense(classes, widest, point))
             for point, place, each in zip(points, places, settled, strict=True)
@@ -293,17 +327,31 @@ class DFA(nn.Module):
         batches = plan.batches(points, feeds, in_turn) if points else []
         return [self._node(batch, seed, classes, widest) for batch in reversed(batches)]
 
+    def _signal(self, error: Tensor, output: Tensor) -> Tensor:
+        """What is projected: the error, or [M, columns] made of it. Takes the target."""
+        sender = self._sender(error.device, self._columns(error))
+        return error if sender is None else sender.checked(output).of(error, output.detach())
+
     def _feed(
-        self, points: list[Point], settled: list[Settled], widest: int, y: Tensor, in_turn: bool
+        self,
+        points: list[Point],
+        settled: list[Settled],
+        widest: int,
+        y: Tensor,
+        carrier: Tensor,
+        in_turn: bool,
     ) -> Tensor:
-        """Returns y, in the backward of which the error is fed to these points of a layout."""
+        """Returns a carrier, in the backward of which its gradient is fed to these points.
+
+        y, an output or a blank like it, tells the rows.
+        """
         feeds = self._feeds(points, list(range(len(points))), settled, y, widest)
-        seed, classes = self.read_seed(), index(y.shape[-1])
+        seed, classes = self.read_seed(), self._columns(y)
         nodes = self._nodes(points, feeds, seed, classes, widest, in_turn)
-        return self._fed(nodes, [point.receiver for point in points], y)
+        return self._fed(nodes, [point.receiver for point in points], carrier)
 
     def _fed(self, nodes: list[plan.Node], receivers: list[Receiver], y: Tensor) -> Tensor:
-        """y behind all the nodes."""
+        """y, or a carrier, behind all the nodes."""
         # What passes through the nodes of each device: y itself, or what stands for it there.
         passing = {y.device: y}
         for node in nodes:
@@ -357,24 +405,26 @@ class DFA(nn.Module):
         self, targets: list[Target], seed: int, classes: int, widest: int, batch: plan.Batch
     ) -> list[Tensor]:
         """One B for all targets or one for each; none where one is too large to be kept."""
-        dtype = ops.feedback_dtype(batch.device, batch.dtype, classes)
+        rule, rows = self.feedback, self.feedback.rows(classes)
+        dtype = ops.feedback_dtype(batch.device, batch.dtype, rows)
         sizes = [
             (t.stream, widest if self.feedback.shared else t.features, t.channels_last)
             for t in targets
         ]
         if self.feedback.shared and not any(order for *_, order in sizes):
             sizes = sizes[:1]
-        rule = self.feedback
-        if not all(feedback_rules.fits_dense(rule, classes, n, dtype) for _, n, _ in sizes):
+        if not all(feedback_rules.fits_dense(rule, rows, n, dtype) for _, n, _ in sizes):
             return []
         matrices: list[Tensor] = []
         for stream, features, order in sizes:
-            matrices += self._dense(seed, stream, classes, features, order, dtype, batch.device)
+            place = (dtype, batch.device)
+            matrices += self._dense(seed, stream, rule.density, rows, features, order, *place)
         return matrices
 
     def _keeps_dense(self, classes: int, widest: int, point: Point) -> bool:
         dtype = accumulation_dtype(point.tensor.dtype)
-        return feedback_rules.fits_dense(self.feedback, classes, widest, dtype)
+        rule = self.feedback
+        return feedback_rules.fits_dense(rule, rule.rows(classes), widest, dtype)
 
     # What is settled once, outside the traced graph: a compiled step sees constants, guarded by
     # the arguments.
@@ -400,15 +450,16 @@ class DFA(nn.Module):
         self,
         seed: int,
         stream: int,
-        classes: int,
+        density: float,
+        rows: int,
         columns: int,
         channels_last: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
     ) -> tuple[Tensor]:
         # In a tuple, as Dynamo takes a bare tensor from one place of the code only once.
-        source = Source(seed, stream, self.feedback.distribution, dtype, device)
-        return (self._cache.get(source, classes, columns, channels_last),)
+        source = Source(seed, stream, self.feedback.distribution, density, dtype, device)
+        return (self._cache.get(source, rows, columns, channels_last),)
 
     def read_seed(self) -> int:
         return self._read_seed(self._key)

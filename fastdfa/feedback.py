@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import capture, ops
+from . import capture, ops, signals
+from .signals import Signal
 
 # Above this size a dense B is not kept but generated inside the kernels, piece by piece.
 DENSE_LIMIT_BYTES = 256 * 2**20
@@ -47,7 +48,14 @@ class Feedback:
         error: "mean" feeds back e as autograd hands it to the output, "sum" multiplies it by the
             number of rows of the backward call, undoing a loss that is a mean over rows; for the
             feedback alone, and per process.
-        signal: what is projected: "error".
+        signal: what is projected: "error", its "sign", "ternary" or "quantized", the "target"
+            (see `DFA.target`), one of `fastdfa.signals` with other options, or a function of
+            (output, target, error), each [M, C]. But for the error itself its rows are as long as
+            the error's.
+        rank: makes B a product Q P of matrices [C, rank] and [rank, n_l], one Q for all points,
+            of which each entry has the deviation that `scale` says (low rank: arXiv 2502.20580).
+        density: the share of B's entries that are not zero, drawn at random; these are larger by
+            1/sqrt(density), so that the deviation stays (arXiv 1903.02083).
         seed: 0 to 2**63 - 1; None draws one from torch's generator when the `DFA` is made.
         dense: True keeps B in memory, False generates it inside the kernels at each step; None
             keeps it up to 256 MiB. The numbers are the same, to rounding.
@@ -60,18 +68,33 @@ class Feedback:
     scale: str | float = "launay2019"
     shared: bool = True
     error: str = "mean"
-    signal: str = "error"
+    signal: str | Signal | Callable[..., Tensor] = "error"
     seed: int | None = None
     dense: bool | None = None
+    rank: int | None = None
+    density: float = 1.0
 
     def __post_init__(self) -> None:
         _check_choice("distribution", self.distribution, ops.DISTRIBUTIONS)
         _check_choice("error", self.error, ("mean", "sum"))
-        _check_choice("signal", self.signal, ("error",))
+        signals.make(self.signal)
         _check_type("shared", self.shared, (bool,))
         _check_type("dense", self.dense, (bool, type(None)))
         _check_scale(self.scale)
         _check_seed(self.seed)
+        _check_rank(self.rank)
+        _check_density(self.density)
+        if self.density < 1 and self.dense is False:
+            raise ValueError("density below 1 needs a B in memory, got dense=False")
+
+    @property
+    def sends(self) -> Signal:
+        """What `signal` names."""
+        return signals.make(self.signal)
+
+    def rows(self, columns: int) -> int:
+        """Of the matrix that points read, of a signal [M, columns]: of B, or of P where B = Q P."""
+        return columns if self.rank is None else self.rank
 
     def deviation(self, classes: int, features: int, widest: int) -> float:
         """The standard deviation of the entries of B_l [classes, features]."""
@@ -83,7 +106,7 @@ class Feedback:
         """The generator's stream for a point: 0 where B is shared, else a hash of the name."""
         if self.shared:
             return 0
-        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
+        return _hash(name)
 
 
 def make(feedback: Feedback | str | None) -> Feedback:
@@ -106,14 +129,37 @@ def make(feedback: Feedback | str | None) -> Feedback:
     return PRESETS[feedback]
 
 
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
+
+
+LOW_RANK_STREAM = _hash("Q of B = Q P")
+_MASK = 2**31  # of a stream, that of its mask
+
+
 class Source(NamedTuple):
     """What determines an unscaled B, whatever its size."""
 
     seed: int
     stream: int
     distribution: str
+    density: float
     dtype: torch.dtype
     device: torch.device
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns]; its first columns are those of a narrower one."""
+        place = {"seed": self.seed, "dtype": self.dtype, "device": self.device}
+        sizes = (rows, columns)
+        made = ops.feedback(*sizes, stream=self.stream, distribution=self.distribution, **place)
+        if self.density < 1:
+            uniform = ops.feedback(
+                *sizes, stream=self.stream ^ _MASK, distribution="uniform", **place
+            )
+            # U(-sqrt 3, sqrt 3) is below this at a share `density` of the places.
+            kept = uniform < 3**0.5 * (2 * self.density - 1)
+            made.mul_(kept).mul_(self.density**-0.5)
+        return made
 
 
 class DenseCache:
@@ -142,16 +188,7 @@ class DenseCache:
         if matrix is None or matrix.shape[0] != rows or matrix.shape[1] < columns:
             capture.refuse(capture.MADE_BEFORE.format("make its B"))
             self._drop_other_seeds(source.seed)
-            matrix = ops.feedback(
-                rows,
-                columns,
-                seed=source.seed,
-                stream=source.stream,
-                distribution=source.distribution,
-                dtype=source.dtype,
-                device=source.device,
-            )
-            self._matrices[source] = matrix
+            matrix = self._matrices[source] = source.matrix(rows, columns)
         return matrix
 
     def _drop_other_seeds(self, seed: int) -> None:
@@ -168,8 +205,8 @@ def _channels_last(matrix: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 def fits_dense(rule: Feedback, rows: int, columns: int, dtype: torch.dtype) -> bool:
     """Whether B [rows, columns] is kept in memory rather than generated at each use."""
-    if rule.dense is not None:
-        return rule.dense
+    if rule.dense is not None or rule.density < 1:
+        return rule.dense is not False
     return rows * columns * dtype.itemsize <= DENSE_LIMIT_BYTES
 
 
@@ -201,6 +238,19 @@ def _check_seed(seed: object) -> None:
         raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
+
+
+def _check_rank(rank: object) -> None:
+    _check_type("rank", rank, (int, type(None)))
+    if isinstance(rank, bool) or (rank is not None and rank < 1):
+        raise ValueError(f"rank must be a positive int or None, got {rank}")
+
+
+def _check_density(density: object) -> None:
+    if isinstance(density, bool) or not isinstance(density, (int, float)):
+        raise TypeError(f"density must be a number, got {type(density).__name__}")
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be above 0 and at most 1, got {density}")
 
 
 PRESETS: dict[str, Feedback] = {

@@ -23,6 +23,7 @@ from .fused import as_matrix, autocast_dtype, in_dtype, saved_tensor_hooks_activ
 from .layers import Linear
 
 if TYPE_CHECKING:
+    from .broadcast import Sender
     from .dfa import DFA
 
 
@@ -103,8 +104,8 @@ def planned(network: Network, made: plan.Plan | None) -> Planned | None:
     return Planned(network.key, made.chains[0])
 
 
-def forward(network: Network, planned: Planned, x: Tensor) -> Tensor:
-    """The network's output; its backward is that of DFA."""
+def forward(network: Network, planned: Planned, x: Tensor, sender: Sender | None) -> Tensor:
+    """The network's output; its backward is that of DFA, with what a sender makes of the error."""
     parameters = [layer._parameters["weight"] for layer in network.layers]
     biases = [layer._parameters.get("bias") for layer in network.layers]
     direct = network.direct and unwatched(network.layers)
@@ -112,38 +113,44 @@ def forward(network: Network, planned: Planned, x: Tensor) -> Tensor:
         x, weights = in_dtype_of_autocast(x, parameters)
     tracked = [ANCHOR] if direct else [*weights, *biases]
     written = parameters + biases if direct else None
-    return _Network.apply(network.gates, planned.feedback, written, x, weights, biases, *tracked)
+    return _Network.apply(
+        network.gates, planned.feedback, sender, written, x, weights, biases, *tracked
+    )
 
 
-_BEFORE_PARAMETERS = 6  # arguments of `_Network.forward`
+_BEFORE_PARAMETERS = 7  # arguments of `_Network.forward`
 
 
 class _Network(torch.autograd.Function):
     """The output y of a network, [*rows, C]; in backward its error is fed to all hidden layers."""
 
     @staticmethod
-    def forward(ctx, gates, feedback, written, x, weights, biases, *tracked):
+    def forward(ctx, gates, feedback, sender, written, x, weights, biases, *tracked):
         kinds, params = zip(*gates, strict=True)
         hidden = ops.linear_chain(as_matrix(x), weights[:-1], biases[:-1], kinds, params)
         # The head as torch does it, so that this pass gives the same bits as one by layers.
         y = F.linear(hidden[-1], weights[-1], biases[-1])
+        y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *hidden)
+        ctx.sender = None if sender is None else sender.checked(y)
+        needs_output = sender is not None and sender.signal.needs_output
+        ctx.save_for_backward(y if needs_output else None, x, *hidden)
         ctx.feedback, ctx.written = feedback, written
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, error):
         if error is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, *hidden = ctx.saved_tensors
+        y, x, *hidden = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()
         e = as_matrix(error)
+        sent = e if ctx.sender is None else ctx.sender.of(e, y)
         group, dense, _ = ctx.feedback
         head = e.t() @ hidden[-1]
-        weights, sums = gradients((group, dense, e), [], x, hidden, [])
+        weights, sums = gradients((group, dense, sent), [], x, hidden, [])
         weights.append(head)
         sums.append(None if ctx.bias_dtypes[-1] is None else e.sum(0))
         biases = [

@@ -86,7 +86,6 @@ class StreamingStep:
         updates = _Updates(self.optimizer)
         try:
             loss, error, first = self._first_pass(closure)
-            # A signal known beforehand, such as the target, would need the second pass alone.
             if error is not None:
                 self._second_pass(first, error, updates)
             updates.finish()
@@ -109,7 +108,10 @@ class StreamingStep:
         _check_loss(loss, first)
         with first.call.without_autocast():
             loss.backward()
-        error, first.output = first.output.grad, None  # the logits may be large
+        error, output = first.output.grad, first.output
+        first.output = None  # the logits may be large
+        if error is not None:
+            first.sent = self.root._signal(error, output)
         return loss.detach(), error, first
 
     def _second_pass(self, first: FirstPass, error: Tensor, updates: _Updates) -> None:
@@ -123,7 +125,8 @@ class StreamingStep:
             self._schedule = survey.schedule
         points = [first.readings[index] for index in self._schedule.points]
         layout = self.root._lay_out(points, self.root._name(points), error)
-        call.run_again(_SecondPass(call, self._schedule, layout, points, error, updates))
+        sent = error if first.sent is None else first.sent
+        call.run_again(_SecondPass(call, self._schedule, layout, points, error, sent, updates))
 
     def _parameters(self) -> list[Tensor]:
         """Those of the model and of the optimizer."""
@@ -254,6 +257,7 @@ class FirstPass(Tape):
         self.call = call
         self.readings: list[_Reading] = []
         self.output: Tensor | None = None  # a leaf: its gradient is the error
+        self.sent: Tensor | None = None  # what is projected, where it is not the error
         self.schedule: _Schedule | None = None
         self._cut = WeakTensorKeyDictionary()  # the first reading of every point
         self._ended: list[bool] = []
@@ -302,8 +306,7 @@ class FirstPass(Tape):
         self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None, edge: Any
     ) -> _Reading:
         shape = x.shape if features is None else torch.Size([*x.shape[:rows], x.shape[features]])
-        blank = x.detach().new_empty(()).expand(x.shape)
-        self.readings.append(_Reading(layer, blank, rows, shape, edge))
+        self.readings.append(_Reading(layer, _blank(x.detach()), rows, shape, edge))
         return self.readings[-1]
 
     def read(self, x: Tensor, edge: Edge) -> None:
@@ -394,10 +397,12 @@ class _SecondPass(Tape):
         layout: Layout,
         expected: list[_Reading],
         error: Tensor,
+        sent: Tensor,
         updates: _Updates,
     ) -> None:
         super().__init__(call.root, [], call.root._install_tap())
-        self.call, self.schedule, self.updates, self.error = call, schedule, updates, error
+        self.call, self.schedule, self.updates = call, schedule, updates
+        self.error, self.sent = error, sent  # at the output, and to the points
         self.expected = expected  # the points of the first pass
         self.places = self.root._settled(layout)
         self.widest = layout.widest if expected else 0
@@ -425,7 +430,7 @@ class _SecondPass(Tape):
             self.newest = None  # it would keep the layers before
             self._reach((layer, self.waiting[self.reached].shape))
             if self.held >= plan.workspace(x.device):
-                self._send(self.error.new_empty(()).expand(self.error.shape))
+                self._send(_blank(self.error))
         return x.detach()
 
     def end(self, y: Tensor) -> Tensor:
@@ -458,14 +463,24 @@ class _SecondPass(Tape):
         """
         due = sorted(k for k in self.due if k in self.waiting)
         points, places = [self.waiting.pop(k) for k in due], [self.places[k] for k in due]
+        outputs, grads = [y], [self.error]
+        if self.sent is not self.error:
+            outputs, grads = [y, _blank(self.sent)], [self.error, self.sent]
         if points:
-            y = self.root._feed(points, places, self.widest, y, in_turn=True)
+            fed = self.root._feed(points, places, self.widest, y, outputs[-1], in_turn=True)
+            outputs[-1] = fed
         del points  # the graph holds what it needs, and frees it as it goes
-        if y.requires_grad:
+        pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+        if pairs:
             with self.call.without_autocast():
-                torch.autograd.backward(y, self.error)
+                torch.autograd.backward(*zip(*pairs, strict=True))
         self.updates.update(self.complete)
         self.due, self.complete, self.held = [], [], 0.0
+
+
+def _blank(x: Tensor) -> Tensor:
+    """Of the shape of x, without memory."""
+    return x.new_empty(()).expand(x.shape)
 
 
 def _bytes_held(point: Point) -> float:

@@ -127,16 +127,18 @@ def mlp_forward(layers, x):
     return pre, post
 
 
-def mlp_gradients(layers, x, error, feedback, reduction="mean"):
+def mlp_gradients(layers, x, error, feedback, reduction="mean", sent=None):
     """[(weight gradient, bias gradient)] of every layer of an MLP, by the formulas of DFA.
 
-    error: dL/dy [*rows, C], feedback: the scaled B_l [C, n_l] of every layer but the last.
+    error: dL/dy [*rows, C], feedback: the scaled B_l [C, n_l] of every layer but the last; sent:
+    what is projected in place of the error, [M, C].
     """
     pre, post = mlp_forward(layers, x)
     inputs = [x.detach().double().reshape(-1, x.shape[-1]), *post[:-1]]
     e = error.detach().double().reshape(-1, error.shape[-1])
     factor = e.shape[0] if reduction == "sum" else 1
-    signals = [factor * (e @ B.detach().double()) for B in feedback] + [e]
+    sent = e if sent is None else sent
+    signals = [factor * (sent @ B.detach().double()) for B in feedback] + [e]
     gradients = []
     for layer, a, h, signal in zip(layers, pre, inputs, signals, strict=True):
         delta = signal * ACTIVATIONS[layer.activation].derivative(a)
@@ -190,6 +192,12 @@ def unit_feedback(seed, rows, columns, distribution, stream=0):
         t = 2 * math.pi * u[..., 1::2]
         b = np.stack((r * np.cos(t), r * np.sin(t)), -1)
     return torch.from_numpy(b.reshape(rows, 4 * words)[:, :columns].copy())
+
+
+def mask(seed, rows, columns, density, stream=0):
+    """Which entries of a sparse B are kept: U(0, 1) of the stream beside its own, < density."""
+    u = unit_feedback(seed, rows, columns, "uniform", stream ^ 2**31) / math.sqrt(12) + 0.5
+    return (u < density).double()
 
 
 def standard_deviation(scale, c, n, n_max):

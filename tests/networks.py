@@ -63,11 +63,12 @@ def feedback_of(model):
     return [model.feedback_matrix(name) for name in model.feedback_points]
 
 
-def expected_gradients(model, x, error, feedback=None, reduction="mean"):
+def expected_gradients(model, x, error, feedback=None, reduction="mean", sent=None):
     """What `gradients` must be for a DFA of an MLP, by the formulas of formulas.py. `feedback` are
-    the matrices to use, by default those that the model names for its points."""
+    the matrices to use, by default those that the model names for its points; `sent` is projected,
+    by default the error."""
     feedback = feedback_of(model) if feedback is None else feedback
-    pairs = mlp_gradients(layers_of(model), x, error, feedback, reduction)
+    pairs = mlp_gradients(layers_of(model), x, error, feedback, reduction, sent)
     names = [n for n, m in model.module.named_children() if isinstance(m, nn.Linear)]
     expected = {}
     for name, (weight, bias) in zip(names, pairs, strict=True):

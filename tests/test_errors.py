@@ -47,7 +47,6 @@ def refused(words, kind=REFUSED):
     (dict(scale=True), TypeError, ["scale", "bool"]),
     (dict(scale=None), TypeError, ["scale", "None"]),
     (dict(error="max"), ValueError, ["error", "mean", "sum", "max"]),
-    (dict(signal="sign"), ValueError, ["signal", "error", "sign"]),
     (dict(shared="yes"), TypeError, ["shared", "bool", "str"]),
     (dict(dense="yes"), TypeError, ["dense", "bool", "str"]),
     (dict(seed=1.5), TypeError, ["seed", "int", "float"]),

@@ -1,0 +1,213 @@
+"""What is projected in place of the error: its sign, a few levels of it, the target, a function.
+
+A signal that is not linear in e would change with the size of the loss: with GradScaler, with the
+number of batches that are accumulated, with a mean in place of a sum. So each row of it is made as
+long as the row of e by default, and only its direction is that of the signal. `raw=True` leaves its
+entries as they are, but for a mean loss divides them by the number of rows M, as the loss does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The base of all: `of` makes a signal from an error.
+
+    Args:
+        raw: leave its entries as they are, in place of rows as long as those of the error.
+    """
+
+    raw: bool = False
+    needs_output: ClassVar[bool] = False
+    needs_target: ClassVar[bool] = False
+
+    def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
+        """[M, C] from the error e [M, C]; the output y and the target, [M, C], where they are
+        needed. In float32, or float64 where e is."""
+        raise NotImplementedError
+
+    def columns(self, classes: int) -> int:
+        """How many the signal of an error of so many classes has."""
+        return classes
+
+
+@dataclass(frozen=True)
+class Error(Signal):
+    """The error itself: direct feedback alignment (arXiv 1609.01596)."""
+
+    def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
+        return error
+
+
+@dataclass(frozen=True)
+class Sign(Signal):
+    """sign(e), of 0 where e is (sDFA; arXiv 1909.01311 compares it)."""
+
+    def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
+        return error.sign()
+
+
+@dataclass(frozen=True)
+class Ternary(Signal):
+    """sign(e) where |e| is above a share of the largest of its row, else 0.
+
+    For hardware whose inputs are -1, 0 and 1, as an optical processor's (arXiv 2006.01475). There
+    the threshold is a number; a share of the row's largest does not depend on the loss's size.
+    """
+
+    threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_number("threshold", self.threshold)
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold must be from 0 to below 1, got {self.threshold}")
+
+    def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
+        return error.sign() * (error.abs() > self.threshold * _largest(error))
+
+
+@dataclass(frozen=True)
+class Quantized(Signal):
+    """e rounded to 2^bits - 1 levels between minus and plus the largest |e| of its row."""
+
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int):
+            raise TypeError(f"bits must be an int, got {type(self.bits).__name__}")
+        if not 2 <= self.bits <= 16:
+            raise ValueError(f"bits must be from 2 to 16, got {self.bits}")
+
+    def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
+        levels, largest = 2 ** (self.bits - 1) - 1, _largest(error)
+        return (error / largest.where(largest > 0, 1) * levels).round() / levels
+
+
+@dataclass(frozen=True)
+class Target(Signal):
+    """Minus the target: direct random target projection, DRTP (arXiv 1909.01311).
+
+    -onehot is the part of e = softmax - onehot that is known before the forward pass; B is random,
+    so that its sign is of no account to the hidden layers alone.
+    """
+
+    needs_target: ClassVar[bool] = True
+
+    def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
+        return -target
+
+
+@dataclass(frozen=True)
+class Function(Signal):
+    """Any function of (output, target, error), each [M, C] in float32 or float64.
+
+    Args:
+        function: returns [M, columns]; the target is None where none was given. Not differentiated.
+        width: the columns that it returns, those of the error if None.
+    """
+
+    function: Callable[[Tensor, Tensor | None, Tensor], Tensor] | None = None
+    width: int | None = None
+    needs_output: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"function must be callable, got {type(self.function).__name__}")
+        if self.width is not None and (isinstance(self.width, bool) or self.width < 1):
+            raise ValueError(f"width must be a positive int or None, got {self.width}")
+
+    def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
+        made = self.function(output, target, error)
+        expected = (len(error), self.columns(error.shape[1]))
+        if not isinstance(made, Tensor):
+            raise TypeError(f"a signal's function must return a tensor, got {type(made).__name__}")
+        if made.shape != expected:
+            raise ValueError(
+                f"a signal's function must return shape {expected}, got {tuple(made.shape)}"
+            )
+        return made.to(error)
+
+    def columns(self, classes: int) -> int:
+        return classes if self.width is None else self.width
+
+
+SIGNALS: dict[str, Signal] = {
+    "error": Error(),
+    "sign": Sign(),
+    "ternary": Ternary(),
+    "quantized": Quantized(),
+    "target": Target(),
+}
+
+
+def make(signal: object) -> Signal:
+    """The signal of a name of `SIGNALS`, a `Signal` as it is, any other callable as a `Function`.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything else.
+    """
+    if isinstance(signal, Signal):
+        return signal
+    if isinstance(signal, str):
+        if signal not in SIGNALS:
+            names = ", ".join(map(repr, SIGNALS))
+            raise ValueError(f"signal must be one of {names}, got {signal!r}")
+        return SIGNALS[signal]
+    if callable(signal):
+        return Function(function=signal)
+    raise TypeError(f"signal must be a name, a Signal or callable, got {type(signal).__name__}")
+
+
+def made(signal: Signal, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
+    """What is projected, [M, columns], for an error e [M, C]."""
+    if isinstance(signal, Error):
+        return error
+    e = _wide(error)
+    raw = signal.of(e, None if output is None else _wide(output), target)
+    if signal.raw:
+        return raw / max(len(e), 1)
+    length = raw.norm(dim=1, keepdim=True)
+    return raw * (e.norm(dim=1, keepdim=True) / length.where(length > 0, 1))
+
+
+def as_rows(target: Tensor, output: Tensor) -> Tensor:
+    """A target as [M, C], of an output [*rows, C]: class indices [*rows] as their one-hot rows.
+
+    Raises:
+        TypeError, ValueError: for a target that is neither these nor of the output's shape.
+    """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    classes = output.shape[-1]
+    if target.shape == output.shape:
+        return _wide(target.detach()).reshape(-1, classes)
+    if target.shape == output.shape[:-1] and not target.is_floating_point():
+        # By comparison, as a class to be ignored is out of range, and an empty row.
+        indices = torch.arange(classes, device=target.device)
+        return (target.reshape(-1, 1) == indices).to(_wide(output).dtype)
+    raise ValueError(
+        f"target must hold class indices of shape {tuple(output.shape[:-1])} or have the output's "
+        f"shape {tuple(output.shape)}, got {target.dtype} of shape {tuple(target.shape)}"
+    )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _largest(error: Tensor) -> Tensor:
+    """|e| of each row's largest entry, [M, 1]."""
+    return error.abs().amax(1, keepdim=True) if error.shape[1] else error.new_zeros(len(error), 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from operator import index
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from . import capture, fsdp, graph, network, ops, plan, signals
 from . import feedback as feedback_rules
 from .broadcast import Broadcast, BroadcastInTurn, Group, Send, Sender, Target, announce
 from .feedback import LOW_RANK_STREAM, DenseCache, Feedback, Source
+from .matrices import Learning, Matrices, learning, learning_of
 from .ops.reference import accumulation_dtype
 from .tape import Chain, Point, Receiver, Tape, state
 
@@ -69,6 +70,11 @@ class DFA(nn.Module):
             and several processes (DistributedDataParallel, FSDP) are refused; on CUDA, call
             backward on the stream of the forward pass. A network with hooks on gradients of
             parameters trains as without this option.
+        matrices: the B to use in place of generated ones, already scaled: one [C, >= n_max] for
+            all points, of which each takes its first n_l columns, or a dict of B_l [C, n_l] by the
+            names of points, in the dtype of the network. They are parameters that do not require
+            grad, and in the checkpoint. Of the rule, distribution, scale, density, `shared` and
+            `dense` are without effect then.
 
     Attributes:
         target: what a `Feedback` with a signal of the target reads, set before each forward pass,
@@ -94,6 +100,7 @@ class DFA(nn.Module):
         output: str | None = None,
         allow_bypass: bool = False,
         direct_gradients: bool = False,
+        matrices: Tensor | Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         _check_module(module, output)
@@ -107,6 +114,8 @@ class DFA(nn.Module):
             seed = int(torch.randint(2**63 - 1, ()))
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self.target: Tensor | None = None
+        self.matrices = None if matrices is None else Matrices(matrices)
+        self.learning: Learning | None = None
         self._key = seed
         self._reset()
 
@@ -173,14 +182,57 @@ class DFA(nn.Module):
         for point, features, dtype, device in self._layout.points if self._layout else ():
             if point != name:
                 continue
+            if self.matrices is not None:
+                return self._after_low(self.matrices.of(name).detach()[:, :features])
             rule, classes, dtype = self.feedback, self._layout.classes, accumulation_dtype(dtype)
             settings = (rule.stream(name), rule.distribution, rule.density)
             source = Source(self.read_seed(), *settings, dtype, device)
-            matrix = source.matrix(rule.rows(classes), features)
-            if rule.rank is not None:
-                matrix = self._low(classes, device).to(dtype) @ matrix
+            matrix = self._after_low(source.matrix(rule.rows(classes), features))
             return matrix * rule.deviation(classes, features, self._layout.widest)
         raise KeyError(f"no feedback point {name!r}; there are {self.feedback_points}")
+
+    def learn_feedback(self, rule: str | Learning = "kolen_pollack") -> list[nn.Parameter]:
+        """Makes the B_l of every point of the latest forward pass a parameter that learns.
+
+        It starts as it is, whether generated or given, shared or not. From then on each backward
+        pass adds to its `.grad` what the rule says, and an optimizer with these parameters updates
+        it; give it the learning rate and weight decay of the weights for "kolen_pollack".
+
+        Args:
+            rule: a name of `fastdfa.matrices.LEARNING`, "kolen_pollack" (e^T h) or
+                "cross_correlation" (B - e^T h), or a function of (B_l [C, n_l], e [M, C], h [M,
+                n_l]), h being what the point reads, that returns the gradient of B_l.
+
+        Returns:
+            The parameters, in the order of `feedback_points`.
+
+        Raises:
+            RuntimeError: before the first forward pass, which tells the sizes.
+            ValueError, TypeError: for a rule that is none, or with a signal of other columns than
+                the error's or a B of low rank.
+        """
+        rule = learning_of(rule)
+        if self._layout is None:
+            raise RuntimeError(
+                "learn_feedback needs the sizes of the points: call the model once before"
+            )
+        signal = self.feedback.sends
+        if self.feedback.rank is not None or getattr(signal, "width", None) is not None:
+            raise ValueError(
+                "learn_feedback needs a B that is multiplied by the error or a signal of its "
+                f"columns, got {self.feedback}"
+            )
+        dtypes = {name: dtype for name, _, dtype, _ in self._layout.points}
+        made = {
+            name: self.feedback_matrix(name).to(accumulation_dtype(dtype))
+            for name, dtype in dtypes.items()
+        }
+        self.matrices, self.learning = Matrices(made), rule
+        self.matrices.requires_grad_(True)
+        layout = self._layout
+        self._reset()
+        self._settle(*layout)
+        return list(self.matrices.values())
 
     def extra_repr(self) -> str:
         return repr(self.feedback)
@@ -201,9 +253,18 @@ class DFA(nn.Module):
             made = self._plan_of(tape, units, y, seed)
         sender = self._sender(y.device, self._columns(y))
         if sender is None or not units:
-            return self._sent(units, made, y)
-        sender = sender.checked(y)
-        return sender.joined(y, self._sent(units, made, sender.carrier(y)))
+            y = self._sent(units, made, y)
+        else:
+            sender = sender.checked(y)
+            y = sender.joined(y, self._sent(units, made, sender.carrier(y)))
+        return y if self.learning is None else self._learnt(units, y)
+
+    def _learnt(self, units: list[Point | Chain], y: Tensor) -> Tensor:
+        """y, with the gradients of B behind it."""
+        every = plan.expanded(units)
+        points = [every[place] for place in plan.fed(every)]
+        matrices = [self.matrices.of(name) for name in self._name(points)]
+        return learning(self.learning, y, points, matrices)
 
     def _sent(self, units: list[Point | Chain], made: plan.Plan, y: Tensor) -> Tensor:
         """y, or a carrier, behind all that feeds the points."""
@@ -227,6 +288,12 @@ class DFA(nn.Module):
             return None
         return Sender(signal, self._low(columns, device), target)
 
+    def _after_low(self, matrix: Tensor) -> Tensor:
+        """Q P, of a P; else the B itself."""
+        if self.feedback.rank is None:
+            return matrix
+        return self._low(self._layout.classes, matrix.device).to(matrix.dtype) @ matrix
+
     def _low(self, columns: int, device: torch.device) -> Tensor | None:
         """Q [columns, rank], whose entries have the variance 1 / rank."""
         rank = self.feedback.rank
@@ -241,7 +308,7 @@ class DFA(nn.Module):
         key = plan.key(units, y)
         if key is not None:
             settings = (self.feedback, ops.allow_tf32(y.device, torch.float32))
-            key = (*key, tape.in_turn, seed, *settings)
+            key = (*key, tape.in_turn, seed, *settings, self._given())
         made = self._plan
         if key is None or made is None or made.key != key:
             made = self._planned(tape, units, y, key, seed)
@@ -250,6 +317,9 @@ class DFA(nn.Module):
             points = plan.expanded(units)
             plan.check_unmodified(points, self._name(points))
         return made
+
+    def _given(self) -> tuple[Any, ...]:
+        return () if self.matrices is None else self.matrices.version()
 
     def _planned(
         self, tape: Tape, units: list[Point | Chain], y: Tensor, key: Any, seed: int
@@ -388,7 +458,7 @@ class DFA(nn.Module):
             device=batch.device,
             seed=seed,
             distribution=rule.distribution,
-            shared=rule.shared,
+            shared=rule.shared and self.matrices is None,
             sum_error=rule.error == "sum",
             allow_tf32=ops.allow_tf32(batch.device, batch.dtype),
             dense=len(dense),
@@ -405,6 +475,8 @@ class DFA(nn.Module):
         self, targets: list[Target], seed: int, classes: int, widest: int, batch: plan.Batch
     ) -> list[Tensor]:
         """One B for all targets or one for each; none where one is too large to be kept."""
+        if self.matrices is not None:
+            return [self.matrices.of_stream(target.stream) for target in targets]
         rule, rows = self.feedback, self.feedback.rows(classes)
         dtype = ops.feedback_dtype(batch.device, batch.dtype, rows)
         sizes = [
@@ -422,6 +494,8 @@ class DFA(nn.Module):
         return matrices
 
     def _keeps_dense(self, classes: int, widest: int, point: Point) -> bool:
+        if self.matrices is not None:
+            return False  # their columns are in logical order
         dtype = accumulation_dtype(point.tensor.dtype)
         rule = self.feedback
         return feedback_rules.fits_dense(rule, rule.rows(classes), widest, dtype)
@@ -437,12 +511,17 @@ class DFA(nn.Module):
         layout = Layout(classes, sizes)
         if layout != self._layout:
             _check_same_features(self._layout, layout)
+            if self.matrices is not None:
+                self.matrices.check(self.feedback.rows(classes), sizes)
             self._layout = layout
             self._scales = tuple(
                 self.feedback.deviation(classes, features, layout.widest)
+                if self.matrices is None
+                else 1.0
                 for _, features, _, _ in sizes
             )
-            self._streams = tuple(self.feedback.stream(name) for name, *_ in sizes)
+            of = self.feedback if self.matrices is None else self.matrices
+            self._streams = tuple(of.stream(name) for name, *_ in sizes)
         return self._scales, self._streams
 
     @torch.compiler.assume_constant_result

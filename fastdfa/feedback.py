@@ -106,7 +106,7 @@ class Feedback:
         """The generator's stream for a point: 0 where B is shared, else a hash of the name."""
         if self.shared:
             return 0
-        return _hash(name)
+        return hash_of(name)
 
 
 def make(feedback: Feedback | str | None) -> Feedback:
@@ -129,11 +129,12 @@ def make(feedback: Feedback | str | None) -> Feedback:
     return PRESETS[feedback]
 
 
-def _hash(name: str) -> int:
+def hash_of(name: str) -> int:
+    """32 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
 
 
-LOW_RANK_STREAM = _hash("Q of B = Q P")
+LOW_RANK_STREAM = hash_of("Q of B = Q P")
 _MASK = 2**31  # of a stream, that of its mask
 
 

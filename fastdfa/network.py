@@ -47,6 +47,8 @@ def find(root: DFA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | 
     """The network of a root, where this call of it needs nothing but its layers in turn."""
     if len(args) != 1 or kwargs or torch.compiler.is_compiling() or not root.looks_ahead:
         return None
+    if root.learning is not None:
+        return None
     (x,), sequential = args, root.module
     if type(sequential) is not nn.Sequential or hooked(sequential):
         return None
@@ -61,7 +63,8 @@ def find(root: DFA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | 
         check_alone()
     layers, gates, key = found
     tf32 = ops.allow_tf32(x.device, x.dtype)
-    settings = (x.dtype, x.device, autocast_dtype(x), tf32, root.read_seed(), root.feedback)
+    rule = (root.read_seed(), root.feedback, root._given())
+    settings = (x.dtype, x.device, autocast_dtype(x), tf32, *rule)
     return Network(layers, gates, root.direct_gradients, (*key, *settings))
 
 

@@ -143,6 +143,11 @@ class StreamingStep:
                 "a StreamingStep was called inside fastdfa.backprop(model): true gradients need "
                 "all activations at once, so make an ordinary step there"
             )
+        if self.root.learning is not None:
+            raise RuntimeError(
+                "a StreamingStep was called for a DFA whose feedback learns, for which it has no "
+                "gradients: make an ordinary step"
+            )
         capture.refuse(
             "a CUDA graph was being captured when a StreamingStep was called, which sets the state "
             "of random generators from the host: capture an ordinary step"

@@ -117,6 +117,7 @@ class Point(NamedTuple):
     tensor: Tensor
     target: LayerRecord | Tensor  # a layer whose gate is fused, or the token of `tensor`
     rows: int | None  # leading dimensions that are rows, where the layer says so
+    features: int | None  # the dimension of the features, where others are positions
     previous: Point | Chain | None
 
     @property
@@ -200,7 +201,7 @@ class Chain:
 
     def points(self) -> list[Point]:
         return [
-            Point(reader, self.outputs[i], self._record(i), None, None)
+            Point(reader, self.outputs[i], self._record(i), None, None, None)
             for i, reader in enumerate(self.readers)
         ]
 
@@ -306,7 +307,7 @@ class Tape:
             target = self.newest
         else:
             target = Token.apply(x)
-        return Point(layer, x, target, rows, self.points)
+        return Point(layer, x, target, rows, features, self.points)
 
     def passed(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> None:
         """Notes that `layer` read x, which is no point, as no gradient is wanted for it."""

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from . import ops, signals
 from .activations import IDENTITY
 from .fused import as_matrix
+from .projectors import Projected, Projector
 from .signals import Signal
 from .tape import Affine, Chain, Fed
 
@@ -60,6 +61,7 @@ class Group(NamedTuple):
     sum_error: bool
     allow_tf32: bool
     dense: int  # how many dense matrices come with it: one if shared, one a target, or none
+    projected: bool  # whether what is sent is projected already, by a projector
 
 
 class Broadcast(torch.autograd.Function):
@@ -149,9 +151,16 @@ class BroadcastInTurn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, group: Group, fed: list[Fed | None], y: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        group: Group,
+        fed: list[Fed | None],
+        pending: Pending | None,
+        y: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.feedback = _InTurn(group, tensors[: group.dense])
+        ctx.feedback = _InTurn(group, tensors[: group.dense], pending)
         receivers = tensors[group.dense :]
         ctx.shapes = [receiver.shape for receiver in receivers]
         for receiver, index, layer in zip(receivers, group.token_projection, fed, strict=True):
@@ -166,7 +175,7 @@ class BroadcastInTurn(torch.autograd.Function):
         if error is not None:
             blank = ctx.feedback.begin(error)
             grads[ctx.feedback.group.dense :] = [blank.expand(shape) for shape in ctx.shapes]
-        return None, None, error, *grads
+        return None, None, None, error, *grads
 
 
 def announce(y: Tensor, chains: list[tuple[Chain, Group, list[Tensor]]]) -> Tensor:
@@ -224,14 +233,15 @@ class ChainFeedback(NamedTuple):
 class _InTurn:
     """The feedback of one backward pass, made point by point; what several share, once."""
 
-    def __init__(self, group: Group, dense: tuple[Tensor, ...]) -> None:
+    def __init__(self, group: Group, dense: tuple[Tensor, ...], pending: Pending | None) -> None:
         self.group = group
         self.dense = dense
+        self.pending = pending
         self.end()
 
     def begin(self, error: Tensor) -> Tensor:
         """Keeps the error until the end of the backward pass; returns what announces a feedback."""
-        self.error = as_matrix(error.detach())
+        self.error = as_matrix(error.detach())  # a blank where it is pending
         self.blank = error.new_zeros((), dtype=self.group.dtype)
         self.left = Counter(self.group.token_projection)
         Variable._execution_engine.queue_callback(self.end)
@@ -239,6 +249,8 @@ class _InTurn:
 
     def end(self) -> None:
         self.error = self.blank = None
+        if self.pending is not None:
+            self.pending.projected = None
         self.shared: dict[int, Tensor] = {}
 
     def feed(
@@ -273,12 +285,20 @@ class _InTurn:
         target = self.group.projections[index]
         target = target if kind is None else target._replace(kind=kind)
         dense = self.dense[index : index + 1] if len(self.dense) > 1 else self.dense
-        (delta,), (sums,) = products(self.group, self.error, dense, [target], [saved])
+        error = self.error if self.pending is None else self.pending.projected.tensor()
+        (delta,), (sums,) = products(self.group, error, dense, [target], [saved])
         return delta, sums
 
 
+class Pending:
+    """What a projector makes for one backward pass, waited for where a point is fed first."""
+
+    projected: Projected | None = None
+
+
 class Sender(NamedTuple):
-    """What is projected in place of an error: a signal of it, times Q where B = Q P.
+    """What is projected in place of an error: a signal of it, times Q where B = Q P; or what a
+    projector makes of that.
 
     Then the nodes that feed points stand at a carrier, a blank [M, columns], not at the output.
     """
@@ -286,15 +306,33 @@ class Sender(NamedTuple):
     signal: Signal
     low: Tensor | None  # Q [columns of the signal, rank]
     target: Tensor | None
+    projector: Projector | None
+    widest: int  # features of a point
+    pending: Pending | None = None  # where the nodes wait for the projector
 
     def of(self, error: Tensor, output: Tensor | None) -> Tensor:
         """[M, columns] of an error and an output, [*rows, C], and of `target`, [M, C]."""
+        made = self._unprojected(error, output)
+        return made if self.projector is None else self._projected(made).tensor()
+
+    def begin(self, error: Tensor, output: Tensor | None) -> Tensor:
+        """The same where nothing is pending; else a blank, and the projector is at work."""
+        if self.pending is None:
+            return self.of(error, output)
+        made = self._unprojected(error, output)
+        self.pending.projected = self._projected(made)
+        return made.new_zeros(()).expand(len(made), self.widest)
+
+    def _unprojected(self, error: Tensor, output: Tensor | None) -> Tensor:
         output = None if output is None else as_matrix(output)
         made = signals.made(self.signal, as_matrix(error), output, self.target)
-        if self.low is None:
+        if self.low is None and self.projector is None:
             return made
         made = made.to(torch.promote_types(made.dtype, torch.float32))
-        return made @ self.low.to(made.dtype)
+        return made if self.low is None else made @ self.low.to(made.dtype)
+
+    def _projected(self, made: Tensor) -> Projected:
+        return Projected(self.projector, made.detach(), self.widest)
 
     def checked(self, output: Tensor) -> Sender:
         """With the target as the rows that belong to this output; an error if it does not fit."""
@@ -309,7 +347,9 @@ class Sender(NamedTuple):
 
     def carrier(self, output: Tensor) -> Tensor:
         columns = self.signal.columns(output.shape[-1])
-        if self.low is not None:
+        if self.projector is not None:
+            columns = self.widest
+        elif self.low is not None:
             columns = self.low.shape[1]
         dtype = torch.promote_types(output.dtype, torch.float32)
         return output.new_empty((), dtype=dtype).expand(output.shape[:-1].numel(), columns)
@@ -317,16 +357,17 @@ class Sender(NamedTuple):
     def joined(self, y: Tensor, carrier: Tensor) -> Tensor:
         """y, whose error goes on to it, and what is projected to the carrier."""
         output = y if self.signal.needs_output else None
-        return _Signalled.apply(self.signal, y, carrier, output, self.low, self.target)
+        without = self._replace(low=None, target=None)
+        return _Signalled.apply(without, y, carrier, output, self.low, self.target)
 
 
 class _Signalled(torch.autograd.Function):
     """Passes y through; in backward makes what is projected of the error, for the carrier."""
 
     @staticmethod
-    def forward(ctx, signal: Signal, y: Tensor, carrier: Tensor, output, low, target) -> Tensor:
+    def forward(ctx, sender: Sender, y: Tensor, carrier: Tensor, output, low, target) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.signal = signal
+        ctx.sender = sender
         ctx.save_for_backward(output, low, target)
         return y.view_as(y)
 
@@ -336,8 +377,8 @@ class _Signalled(torch.autograd.Function):
         if error is None:
             return (None,) * 6
         output, low, target = ctx.saved_tensors
-        sent = Sender(ctx.signal, low, target).of(error, output)
-        return None, error, sent, None, None, None
+        sender = ctx.sender._replace(low=low, target=target)
+        return None, error, sender.begin(error, output), None, None, None
 
 
 class Send(torch.autograd.Function):
@@ -366,6 +407,8 @@ def products(
     saved: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The products [M, n_l] of e [M, C] for some targets of a group, and their sums over rows."""
+    if group.projected:
+        return _gated(e, targets, saved, len(e) if group.sum_error else 1)
     return ops.project_gate(
         e,
         dense,
@@ -379,3 +422,16 @@ def products(
         distribution=group.distribution,
         allow_tf32=group.allow_tf32,
     )
+
+
+def _gated(
+    projected: Tensor, targets: Sequence[Target], saved: Sequence[Tensor], factor: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same of what is projected, [M, >= n_l], of which every target takes its columns."""
+    deltas, sums = [], []
+    for target, h in zip(targets, saved, strict=True):
+        feedback = projected[:, : target.features] * (factor * target.scale)
+        delta, total = ops.gate(feedback.to(h.dtype), h, target.kind, target.param)
+        deltas.append(delta)
+        sums.append(total)
+    return deltas, sums

@@ -13,10 +13,20 @@ from torch.utils._pytree import tree_leaves
 
 from . import capture, fsdp, graph, network, ops, plan, signals
 from . import feedback as feedback_rules
-from .broadcast import Broadcast, BroadcastInTurn, Group, Send, Sender, Target, announce
+from .broadcast import (
+    Broadcast,
+    BroadcastInTurn,
+    Group,
+    Pending,
+    Send,
+    Sender,
+    Target,
+    announce,
+)
 from .feedback import LOW_RANK_STREAM, DenseCache, Feedback, Source
 from .matrices import Learning, Matrices, learning, learning_of
 from .ops.reference import accumulation_dtype
+from .projectors import Projector
 from .tape import Chain, Point, Receiver, Tape, state
 
 # Prefixes that wrappers add to names; B must not depend on them.
@@ -75,6 +85,10 @@ class DFA(nn.Module):
             names of points, in the dtype of the network. They are parameters that do not require
             grad, and in the checkpoint. Of the rule, distribution, scale, density, `shared` and
             `dense` are without effect then.
+        projector: what makes e B in place of this library, such as an optical processor
+            (`fastdfa.projectors`): it takes the signal [M, C] in float32 or float64, and returns
+            its product with a B of its own, [M, >= n_max], or a future of it, for which the first
+            point that is fed waits. A point takes the first n_l columns of it, times `scale`.
 
     Attributes:
         target: what a `Feedback` with a signal of the target reads, set before each forward pass,
@@ -101,6 +115,7 @@ class DFA(nn.Module):
         allow_bypass: bool = False,
         direct_gradients: bool = False,
         matrices: Tensor | Mapping[str, Tensor] | None = None,
+        projector: Projector | None = None,
     ) -> None:
         super().__init__()
         _check_module(module, output)
@@ -116,6 +131,11 @@ class DFA(nn.Module):
         self.target: Tensor | None = None
         self.matrices = None if matrices is None else Matrices(matrices)
         self.learning: Learning | None = None
+        if projector is not None and not callable(projector):
+            raise TypeError(f"projector must be callable, got {type(projector).__name__}")
+        if projector is not None and matrices is not None:
+            raise ValueError("projector has a B of its own: expected no matrices beside it")
+        self.projector = projector
         self._key = seed
         self._reset()
 
@@ -142,7 +162,7 @@ class DFA(nn.Module):
         inputs = [x for x in tree_leaves((args, kwargs)) if _requires_grad(x)]
         tape = Tape(self, inputs, self._install_tap())
         # The weights of a sharded layer are there when it is called.
-        tape.looks_ahead = self.looks_ahead and not sharded
+        tape.looks_ahead = self.looks_ahead and not sharded and self.projector is None
         y = self._run(tape, args, kwargs)
         if whole is not None:
             self._network = network.planned(whole, self._plan)
@@ -178,7 +198,10 @@ class DFA(nn.Module):
 
         Raises:
             KeyError: if the latest forward pass had no such point.
+            RuntimeError: where a projector has it.
         """
+        if self.projector is not None:
+            raise RuntimeError("feedback_matrix: B is the projector's")
         for point, features, dtype, device in self._layout.points if self._layout else ():
             if point != name:
                 continue
@@ -209,7 +232,7 @@ class DFA(nn.Module):
         Raises:
             RuntimeError: before the first forward pass, which tells the sizes.
             ValueError, TypeError: for a rule that is none, or with a signal of other columns than
-                the error's or a B of low rank.
+                the error's, a B of low rank or a projector.
         """
         rule = learning_of(rule)
         if self._layout is None:
@@ -217,10 +240,11 @@ class DFA(nn.Module):
                 "learn_feedback needs the sizes of the points: call the model once before"
             )
         signal = self.feedback.sends
-        if self.feedback.rank is not None or getattr(signal, "width", None) is not None:
+        other = self.feedback.rank is not None or getattr(signal, "width", None) is not None
+        if other or self.projector is not None:
             raise ValueError(
                 "learn_feedback needs a B that is multiplied by the error or a signal of its "
-                f"columns, got {self.feedback}"
+                f"columns, got {self.feedback}{', and a projector' * (self.projector is not None)}"
             )
         dtypes = {name: dtype for name, _, dtype, _ in self._layout.points}
         made = {
@@ -255,8 +279,9 @@ class DFA(nn.Module):
         if sender is None or not units:
             y = self._sent(units, made, y)
         else:
-            sender = sender.checked(y)
-            y = sender.joined(y, self._sent(units, made, sender.carrier(y)))
+            waits = self.projector is not None and all(node.gate for node in made.nodes)
+            sender = sender.checked(y)._replace(pending=Pending() if waits else None)
+            y = sender.joined(y, self._sent(units, made, sender.carrier(y), sender.pending))
         return y if self.learning is None else self._learnt(units, y)
 
     def _learnt(self, units: list[Point | Chain], y: Tensor) -> Tensor:
@@ -266,9 +291,15 @@ class DFA(nn.Module):
         matrices = [self.matrices.of(name) for name in self._name(points)]
         return learning(self.learning, y, points, matrices)
 
-    def _sent(self, units: list[Point | Chain], made: plan.Plan, y: Tensor) -> Tensor:
+    def _sent(
+        self,
+        units: list[Point | Chain],
+        made: plan.Plan,
+        y: Tensor,
+        pending: Pending | None = None,
+    ) -> Tensor:
         """y, or a carrier, behind all that feeds the points."""
-        y = self._fed(made.nodes, plan.receivers(units, made.chains), y)
+        y = self._fed(made.nodes, plan.receivers(units, made.chains), y, pending)
         if not made.chains:
             return y
         chains = [(node, units[node.unit]) for node in made.chains]
@@ -284,9 +315,11 @@ class DFA(nn.Module):
         signal, target = self.feedback.sends, self.target
         if target is not None:
             self.target = None
-        if isinstance(signal, signals.Error) and self.feedback.rank is None:
+        plain = isinstance(signal, signals.Error) and self.feedback.rank is None
+        if plain and self.projector is None:
             return None
-        return Sender(signal, self._low(columns, device), target)
+        widest = self._layout.widest if self._layout is not None and self._layout.points else 0
+        return Sender(signal, self._low(columns, device), target, self.projector, widest)
 
     def _after_low(self, matrix: Tensor) -> Tensor:
         """Q P, of a P; else the B itself."""
@@ -394,7 +427,9 @@ class DFA(nn.Module):
         in_turn: bool,
     ) -> list[plan.Node]:
         """The nodes that feed points, from the input up: the top group is the first in backward."""
-        batches = plan.batches(points, feeds, in_turn) if points else []
+        if not points:
+            return []
+        batches = plan.batches(points, feeds, in_turn, self.projector is not None)
         return [self._node(batch, seed, classes, widest) for batch in reversed(batches)]
 
     def _signal(self, error: Tensor, output: Tensor) -> Tensor:
@@ -420,7 +455,13 @@ class DFA(nn.Module):
         nodes = self._nodes(points, feeds, seed, classes, widest, in_turn)
         return self._fed(nodes, [point.receiver for point in points], carrier)
 
-    def _fed(self, nodes: list[plan.Node], receivers: list[Receiver], y: Tensor) -> Tensor:
+    def _fed(
+        self,
+        nodes: list[plan.Node],
+        receivers: list[Receiver],
+        y: Tensor,
+        pending: Pending | None = None,
+    ) -> Tensor:
         """y, or a carrier, behind all the nodes."""
         # What passes through the nodes of each device: y itself, or what stands for it there.
         passing = {y.device: y}
@@ -435,7 +476,9 @@ class DFA(nn.Module):
             else:
                 pairs = zip(node.tokens, node.gate, strict=True)
                 fed = [receivers[place][5] if gate else None for place, gate in pairs]
-                passing[device] = BroadcastInTurn.apply(node.group, fed, passing[device], *tensors)
+                passing[device] = BroadcastInTurn.apply(
+                    node.group, fed, pending, passing[device], *tensors
+                )
         y = passing.pop(y.device)
         for there in passing.values():
             y = Send.apply(y, there)
@@ -462,6 +505,7 @@ class DFA(nn.Module):
             sum_error=rule.error == "sum",
             allow_tf32=ops.allow_tf32(batch.device, batch.dtype),
             dense=len(dense),
+            projected=self.projector is not None,
         )
         return plan.Node(
             group,
@@ -475,6 +519,8 @@ class DFA(nn.Module):
         self, targets: list[Target], seed: int, classes: int, widest: int, batch: plan.Batch
     ) -> list[Tensor]:
         """One B for all targets or one for each; none where one is too large to be kept."""
+        if self.projector is not None:
+            return []
         if self.matrices is not None:
             return [self.matrices.of_stream(target.stream) for target in targets]
         rule, rows = self.feedback, self.feedback.rows(classes)
@@ -494,8 +540,8 @@ class DFA(nn.Module):
         return matrices
 
     def _keeps_dense(self, classes: int, widest: int, point: Point) -> bool:
-        if self.matrices is not None:
-            return False  # their columns are in logical order
+        if self.matrices is not None or self.projector is not None:
+            return False  # the columns are in logical order
         dtype = accumulation_dtype(point.tensor.dtype)
         rule = self.feedback
         return feedback_rules.fits_dense(rule, rule.rows(classes), widest, dtype)

@@ -160,13 +160,15 @@ class _Sources:
                 self._hook(y, self._add(root, None))
             return broadcast(tape, y)
 
-        def hooked_fed(nodes: list[plan.Node], receivers: list[Receiver], y: Tensor) -> Tensor:
+        def hooked_fed(
+            nodes: list[plan.Node], receivers: list[Receiver], y: Tensor, *pending: Any
+        ) -> Tensor:
             aliased = list(receivers)
             for place, source in source_of.items():
                 saved, x, *trained, fed_in_turn = receivers[place]
                 trained = [self._alias(tensor, source) for tensor in trained]
                 aliased[place] = (saved, x, *trained, fed_in_turn)
-            return fed(nodes, aliased, y)
+            return fed(nodes, aliased, y, *pending)
 
         root._broadcast, root._fed = hooked_broadcast, hooked_fed
         root.looks_ahead = False  # layers of a chain share one node

@@ -47,7 +47,7 @@ def find(root: DFA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | 
     """The network of a root, where this call of it needs nothing but its layers in turn."""
     if len(args) != 1 or kwargs or torch.compiler.is_compiling() or not root.looks_ahead:
         return None
-    if root.learning is not None:
+    if root.learning is not None or root.projector is not None:
         return None
     (x,), sequential = args, root.module
     if type(sequential) is not nn.Sequential or hooked(sequential):

@@ -164,15 +164,17 @@ def fed(points: list[Point]) -> list[int]:
     return places
 
 
-def batches(points: list[Point], feeds: list[Feed], in_turn: bool) -> list[Batch]:
+def batches(points: list[Point], feeds: list[Feed], in_turn: bool, projected: bool) -> list[Batch]:
     """Points by batches, from the output down: fused layers as many as the workspace holds.
 
     Tokens go with the first batch of their kind: autograd runs all the nodes at the output
     before what is below, so splitting them would free nothing. Where there are any, and the
     workspace does not hold all points, everything is fed in turn instead, if it may be: the peak of
     a step of a CNN was 55 MiB beside backprop's 44, and is 42 (six layers, three poolings, batch
-    64).
+    64). So is it where a projector is at work, for which the first point waits.
     """
+    if in_turn and projected and len({point.tensor.device for point in points}) == 1:
+        return _one_by_one(points, feeds)
     sizes = [x.tensor.numel() * x.tensor.dtype.itemsize for x in points]
     smallest = min(workspace(point.tensor.device) for point in points)
     if in_turn and not all(feed.fused for feed in feeds) and sum(sizes) > smallest:

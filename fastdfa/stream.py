@@ -108,11 +108,7 @@ class StreamingStep:
         _check_loss(loss, first)
         with first.call.without_autocast():
             loss.backward()
-        error, output = first.output.grad, first.output
-        first.output = None  # the logits may be large
-        if error is not None:
-            first.sent = self.root._signal(error, output)
-        return loss.detach(), error, first
+        return loss.detach(), first.output.grad, first
 
     def _second_pass(self, first: FirstPass, error: Tensor, updates: _Updates) -> None:
         """Updates every parameter that learns from the error, [*rows, C]."""
@@ -125,8 +121,10 @@ class StreamingStep:
             self._schedule = survey.schedule
         points = [first.readings[index] for index in self._schedule.points]
         layout = self.root._lay_out(points, self.root._name(points), error)
-        sent = error if first.sent is None else first.sent
-        call.run_again(_SecondPass(call, self._schedule, layout, points, error, sent, updates))
+        second = _SecondPass(call, self._schedule, layout, points, error, updates)
+        second.sent = self.root._signal(error, first.output)
+        first.output = None  # the logits may be large
+        call.run_again(second)
 
     def _parameters(self) -> list[Tensor]:
         """Those of the model and of the optimizer."""
@@ -262,7 +260,6 @@ class FirstPass(Tape):
         self.call = call
         self.readings: list[_Reading] = []
         self.output: Tensor | None = None  # a leaf: its gradient is the error
-        self.sent: Tensor | None = None  # what is projected, where it is not the error
         self.schedule: _Schedule | None = None
         self._cut = WeakTensorKeyDictionary()  # the first reading of every point
         self._ended: list[bool] = []
@@ -402,12 +399,11 @@ class _SecondPass(Tape):
         layout: Layout,
         expected: list[_Reading],
         error: Tensor,
-        sent: Tensor,
         updates: _Updates,
     ) -> None:
         super().__init__(call.root, [], call.root._install_tap())
-        self.call, self.schedule, self.updates = call, schedule, updates
-        self.error, self.sent = error, sent  # at the output, and to the points
+        self.call, self.schedule, self.updates, self.error = call, schedule, updates, error
+        self.sent = error  # what is projected
         self.expected = expected  # the points of the first pass
         self.places = self.root._settled(layout)
         self.widest = layout.widest if expected else 0

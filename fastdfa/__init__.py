@@ -1,12 +1,13 @@
 """Training neural networks by direct feedback alignment (DFA), faster than backprop."""
 
-from . import ops
+from . import matrices, ops, projectors, signals
 from .alignment import AlignmentMonitor, alignment
 from .build import build_info
 from .conv import Conv1d, Conv2d
 from .convert import convert
 from .dfa import DFA, backprop
 from .feedback import PRESETS, Feedback
+from .forward_gradient import forward_gradient
 from .inspect import inspect
 from .layers import FeedbackPoint, Linear
 from .stream import StreamingStep
@@ -28,6 +29,10 @@ __all__ = [
     "backprop",
     "build_info",
     "convert",
+    "forward_gradient",
     "inspect",
+    "matrices",
     "ops",
+    "projectors",
+    "signals",
 ]

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from . import activations, ops
 from .activations import Gate
-from .fused import activated, gated
+from .fused import activated, gate_of, gated
 from .tape import Fed, cut, note_reader
 
 
@@ -50,7 +50,7 @@ class _Convolution:
             source = behind if uncut else input
             x = F.pad(source, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             behind, padding = (x if uncut else x.detach()), "valid"
-        gate = activations.gate_of(self.activation)
+        gate = gate_of(self.activation)
         if gate is not None and input.dim() == self.weight.dim():
             output = self._activated(behind, padding, gate)
         else:

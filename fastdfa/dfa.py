@@ -224,7 +224,8 @@ class DFA(nn.Module):
         Args:
             rule: a name of `fastdfa.matrices.LEARNING`, "kolen_pollack" (e^T h) or
                 "cross_correlation" (B - e^T h), or a function of (B_l [C, n_l], e [M, C], h [M,
-                n_l]), h being what the point reads, that returns the gradient of B_l.
+                n_l]), h being what the point reads, that returns the gradient of B_l. With
+                "forward_gradient" the gradients come from `fastdfa.forward_gradient` alone.
 
         Returns:
             The parameters, in the order of `feedback_points`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import activations, ops
@@ -156,6 +156,13 @@ def activated(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate, affine
     saved = h if a is None else a
     _record(LayerRecord(output, saved, x, weight, bias, gate, affine, fed, None))
     return output
+
+
+def gate_of(activation: nn.Module | None) -> Gate | None:
+    """As `activations.gate_of`; None on a tape where layers run as torch's own functions."""
+    if state.tape is not None and not state.tape.gates:
+        return None
+    return activations.gate_of(activation)
 
 
 def _record(record: LayerRecord) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import activations, chain
-from .fused import LINEAR, activated, linear
+from .fused import LINEAR, activated, gate_of, linear
 from .tape import cut, note_reader
 
 
@@ -49,7 +49,7 @@ class Linear(nn.Linear):
         if ready is not None:
             return ready
         behind = cut(self, input)
-        gate = activations.gate_of(self.activation)
+        gate = gate_of(self.activation)
         if gate is not None:
             output = chain.begin(self, behind)
             if output is None:

@@ -39,13 +39,14 @@ def cross_correlation(B: Tensor, error: Tensor, h: Tensor) -> Tensor:
     return B - error.t() @ h
 
 
-LEARNING: dict[str, Learning] = {
+LEARNING: dict[str, Learning | None] = {
     "kolen_pollack": kolen_pollack,
     "cross_correlation": cross_correlation,
+    "forward_gradient": None,  # by `fastdfa.forward_gradient`, not in backward passes
 }
 
 
-def learning_of(rule: str | Learning) -> Learning:
+def learning_of(rule: str | Learning) -> Learning | None:
     """The rule of a name of `LEARNING`, any other callable as it is.
 
     Raises:
@@ -145,11 +146,11 @@ def _check_matrix(name: str, matrix: object) -> None:
 
 def learning(rule: Learning, y: Tensor, points: list[Point], matrices: list[Tensor]) -> Tensor:
     """y, whose error gives the matrices of these points their gradients, by a rule."""
-    read = [_as_fed(point, y.shape[:-1].numel()) for point in points]
+    read = [as_fed(point, y.shape[:-1].numel()) for point in points]
     return _Learning.apply(rule, y, *read, *matrices)
 
 
-def _as_fed(point: Point, rows: int) -> Tensor:
+def as_fed(point: Point, rows: int) -> Tensor:
     """What a point reads, [M, n_l]; of its positions the sum over the square root of their number,
     which is what its feedback is to each (see `tape.SpreadToken`)."""
     h = point.tensor.detach()

@@ -267,6 +267,7 @@ class Tape:
 
     looks_ahead = True  # whether layers may be computed ahead of their calls
     cuts = True  # whether a layer goes on from its input without the history of that
+    gates = True  # whether layers run their activations themselves, where they know them
     saves = True  # whether layers keep what their backward needs; else they return `unsaved`
 
     def __init__(self, root: nn.Module, inputs: list[Tensor], tap: nn.Module | None) -> None:

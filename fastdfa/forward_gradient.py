@@ -1,0 +1,124 @@
+"""B that learns the network's own derivative, by forward-mode differentiation: FDFA.
+
+The best linear feedback from the output to a point is the Jacobian between them. One forward pass
+in which a random p_l is added to every point, to first order, gives d = sum_l J_l p_l at the output
+beside the output itself, and d^T p_l is J_l on average, as the p_l do not depend on each other
+(forward gradient with momentum: arXiv 2212.07282).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .dfa import DFA, check_output
+from .inspect import roots_of, unwrapped
+from .matrices import as_fed
+from .tape import Edge, Point, Tape
+
+
+def forward_gradient(model: nn.Module, x: Any) -> None:
+    """Adds B_l - d^T p_l / M to the `.grad` of every B_l [C, n_l] of a DFA, M being the rows.
+
+    So SGD of rate 1 - m on B makes it an average over steps, with momentum m, of estimates of the
+    Jacobian of the output with respect to point l. To be called before an optimizer's step, after
+    `model.learn_feedback("forward_gradient")`. It costs two to three forward passes, and leaves
+    buffers as they are; p is drawn by torch's generators, and so is dropout.
+
+        model(x)                                           # tells the sizes
+        feedback = model.learn_feedback("forward_gradient")
+        optimizer = torch.optim.SGD([{"params": model.module.parameters()},
+                                     {"params": feedback, "lr": 0.1}], lr=0.05)
+
+    Args:
+        model: a `DFA`, or a module that holds one.
+        x: the input of the `DFA`; a tuple holds several arguments, a dict keyword arguments.
+
+    Raises:
+        ValueError: for a model that does not hold one `DFA`, or one whose feedback does not learn
+            so; and where a layer has no forward-mode derivative (RuntimeError of torch).
+    """
+    roots = list(roots_of(unwrapped(model)).values())
+    if len(roots) != 1:
+        raise ValueError(f"model must hold one DFA, got {len(roots)}")
+    (root,) = roots
+    if root.matrices is None or not all(B.requires_grad for B in root.matrices.values()):
+        raise ValueError(
+            "model must have learning feedback: call learn_feedback('forward_gradient') once"
+        )
+    args = x if isinstance(x, tuple) else () if isinstance(x, dict) else (x,)
+    with forward_ad.dual_level(), torch.enable_grad(), _buffers_as_they_were(root):
+        tape = _PerturbedPass(root)
+        root._run(tape, args, x if isinstance(x, dict) else {})
+        estimates = tape.estimates()
+    for name, estimate in estimates.items():
+        B = root.matrices.of(name)
+        gradient = B.detach() - estimate.to(B)
+        B.grad = gradient if B.grad is None else B.grad + gradient
+
+
+class _PerturbedPass(Tape):
+    """A forward pass that adds a random tangent to every point."""
+
+    looks_ahead = False
+    cuts = False
+    gates = False  # the layers run as torch's own functions, which have forward derivatives
+
+    def __init__(self, root: DFA) -> None:
+        super().__init__(root, [], root._install_tap())
+        self.found: dict[int, tuple[Tensor, Point, Tensor]] = {}  # by the id of the tensor read
+        self.derivative: Tensor | None = None  # d, of the shape of the output
+        self.rows = 0
+
+    def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
+        if id(x) not in self.found:
+            value, tangent = forward_ad.unpack_dual(x)
+            value = value.detach()
+            p = torch.randn_like(value)
+            point = Point(layer, p, p, rows, features, None)
+            total = p if tangent is None else p + tangent.detach()
+            dual = forward_ad.make_dual(value, total).requires_grad_()
+            self.found[id(x)] = (x, point, dual)
+        return self.found[id(x)][2]
+
+    def read(self, x: Tensor, edge: Edge) -> None:
+        pass
+
+    def end(self, y: Any) -> Any:
+        check_output(y, self.root.output)
+        self.rows = y.shape[:-1].numel()
+        tangent = forward_ad.unpack_dual(y).tangent
+        self.derivative = torch.zeros_like(y) if tangent is None else tangent.detach()
+        return y
+
+    def estimates(self) -> dict[str, Tensor]:
+        """d^T p_l / M [C, n_l] by the names of the points."""
+        points = [point for _, point, _ in self.found.values()]
+        d = self.derivative.reshape(self.rows, -1)
+        names = self.root._name(points)
+        return {
+            name: d.t() @ as_fed(point, self.rows).to(d) / max(self.rows, 1)
+            for name, point in zip(names, points, strict=True)
+        }
+
+
+@contextmanager
+def _buffers_as_they_were(root: DFA) -> Iterator[None]:
+    buffers = [
+        (module, name, buffer)
+        for module in root.module.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer

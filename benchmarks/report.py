@@ -9,15 +9,21 @@ from statistics import median
 import torch
 from common import machine
 from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rules import RULES
 
 import fastdfa
 
-LABELS = {"dfa": "DFA", "bp": "backprop", "top": "top layer", "block": "top block"}
+METHODS = {"dfa": "DFA", "bp": "backprop", "top": "top layer", "block": "top block"}
+LABELS = METHODS | {name: rule.label for name, rule in RULES.items()}
 COLOURS = {"dfa": "#0068b8", "bp": "#e07b00", "top": "#7a7a7a", "block": "#b0b0b0"}
+COLOURS |= {
+    name: to_hex(colormaps["turbo"](0.1 + 0.85 * i / len(RULES))) for i, name in enumerate(RULES)
+}
 MOST_COSINES = 8  # rows of the table; more layers are summed up in one
 
 
@@ -99,17 +105,48 @@ def summarise(run):
         methods[method] = {key: records[-1].get(key) for key in kept}
         methods[method]["step_ms"] = median(steps) if steps else None
         methods[method]["train_seconds"] = sum(r["train_seconds"] for r in records[1:])
-    ratios = [
-        epoch["bp"]["step_ms"] / epoch["dfa"]["step_ms"]
-        for epoch in run.history[1:]
-        if {"dfa", "bp"} <= methods.keys()
-    ]
-    return {"methods": methods, "speed_against_backprop": median(ratios) if ratios else None}
+        if method in run.peaks:
+            methods[method]["peak_mib"] = run.peaks[method]
+        if method in RULES:
+            methods[method]["to_dfa"] = _median_ratio(run.history[1:], method, "dfa")
+    both = {"dfa", "bp"} <= methods.keys()
+    speed = _median_ratio(run.history[1:], "bp", "dfa") if both else None
+    return {"methods": methods, "speed_against_backprop": speed}
+
+
+def _median_ratio(epochs, method, other):
+    """Of their steps."""
+    ratios = [epoch[method]["step_ms"] / epoch[other]["step_ms"] for epoch in epochs]
+    return median(ratios) if ratios else None
 
 
 def print_table(console, run):
     """The figures of the last complete epoch."""
     summary = summarise(run)
+    console.print(describe(run.config), highlight=False)
+    table = rules_table(run, summary) if run.peaks else methods_table(run, summary)
+    console.print(table, highlight=False)
+
+
+def rules_table(run, summary):
+    """A row for each rule."""
+    table = Table("rule", title=f"after epoch {run.history[-1]['epoch']} of {run.config.epochs}")
+    for name in ("test accuracy", "cosines", "ms a step", "of DFA's", "peak MiB"):
+        table.add_column(name, justify="right")
+    for method, each in summary["methods"].items():
+        cosines = ", ".join(f"{cosine:.2f}" for cosine in each["alignment"] or [])
+        ratio = {"dfa": 1.0, "bp": summary["speed_against_backprop"]}.get(method)
+        ratio = each.get("to_dfa", ratio)
+        table.add_row(
+            LABELS[method], f"{each['test_accuracy']:.2%}", cosines or "-",
+            "-" if each["step_ms"] is None else f"{each['step_ms']:.2f}",
+            "-" if ratio is None else f"{ratio:.2f}", f"{each['peak_mib']:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def methods_table(run, summary):
+    """A column for each method."""
     columns = summary["methods"]
     table = Table()
     table.add_column(f"after epoch {run.history[-1]['epoch']} of {run.config.epochs}")
@@ -131,7 +168,7 @@ def print_table(console, run):
         values = {"dfa": f"{cosine:.3f}", "bp": "1"}
         label = f"cosine to the true gradient, {label}"
         table.add_row(label, *(values.get(method, "-") for method in columns))
-    console.print(describe(run.config), table, sep="\n", highlight=False)
+    return table
 
 
 def labelled_cosines(cosines):
@@ -215,4 +252,4 @@ def finish(axis, title, scale="linear"):
         axis.yaxis.set_minor_locator(NullLocator())
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="0.9")
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(frameon=False, fontsize=9 if len(axis.lines) <= 6 else 6)

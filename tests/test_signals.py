@@ -37,6 +37,10 @@ def quantized(e, bits):
     return torch.round(e / largest * levels) / levels
 
 
+def centred(rows):
+    return rows - rows.sum(1, keepdim=True) / rows.shape[1]
+
+
 def product(output, target, error):
     """A function of all three, with as many columns."""
     return output * error + (0 if target is None else target)
@@ -50,8 +54,12 @@ def two_columns(output, target, error):
 CASES = {
     "error": ("error", lambda e, y, t: e),
     "sign": ("sign", lambda e, y, t: torch.sign(e)),
-    "ternary": ("ternary", lambda e, y, t: ternary(e, 0.1)),
-    "ternary 0.6": (signals.Ternary(threshold=0.6), lambda e, y, t: ternary(e, 0.6)),
+    "centred": (signals.Sign(centred=True), lambda e, y, t: centred(torch.sign(e))),
+    "ternary": ("ternary", lambda e, y, t: ternary(e, 0.5)),
+    "ternary 0.1": (
+        signals.Ternary(threshold=0.1, centred=True),
+        lambda e, y, t: centred(ternary(e, 0.1)),
+    ),
     "ternary 0": (signals.Ternary(threshold=0), lambda e, y, t: torch.sign(e)),
     "quantized": ("quantized", lambda e, y, t: quantized(e, 8)),
     "two bits": (signals.Quantized(bits=2), lambda e, y, t: quantized(e, 2)),
@@ -65,7 +73,8 @@ CASES = {
 
 
 def as_long_as(e, s):
-    return s * e.norm(dim=1, keepdim=True) / s.norm(dim=1, keepdim=True)
+    length = s.norm(dim=1, keepdim=True)
+    return torch.where(length == 0, 0.0, s * e.norm(dim=1, keepdim=True) / length)
 
 
 def sent(name, e, y, raw):

@@ -1,0 +1,108 @@
+"""The rules that train.py compares (`--rules all`): each as what it changes of plain DFA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastdfa
+from fastdfa import signals
+from fastdfa.projectors import OpticalProcessor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule by its name in the table, and where it was published.
+
+    Attributes:
+        feedback: fields of `Feedback` over those of the run.
+        learns: how B learns; "" where it does not.
+        rate: of plain SGD for B; None: B is trained with the weights.
+        projected: by a simulated optical processor.
+    """
+
+    label: str
+    source: str
+    feedback: dict[str, Any] = field(default_factory=dict)
+    learns: str = ""
+    rate: float | None = None
+    projected: bool = False
+
+
+RULES: dict[str, Rule] = {
+    "separate": Rule("a B of its own for every layer", "1609.01596", {"shared": False}),
+    "sign": Rule("sign of the error", "1909.01311", {"signal": "sign"}),
+    "centred-sign": Rule("the same, centred", "", {"signal": signals.Sign(centred=True)}),
+    "ternary": Rule("ternary error", "2006.01475", {"signal": "ternary"}),
+    "quantized": Rule("error of 4 bits", "", {"signal": signals.Quantized(bits=4)}),
+    "target": Rule("target, DRTP", "1909.01311", {"signal": "target"}),
+    "sparse": Rule("B of density 0.1", "1903.02083", {"density": 0.1}),
+    "low-rank": Rule("B = QP of rank 4", "2502.20580", {"rank": 4}),
+    "optical": Rule(
+        "optical processor", "2409.12965", {"signal": signals.Ternary(centred=True)}, projected=True
+    ),
+    "kolen-pollack": Rule("B by Kolen-Pollack", "1904.05391", learns="kolen_pollack"),
+    "cross-correlation": Rule(
+        "B by cross-correlation", "2504.11558", learns="cross_correlation", rate=0.001
+    ),
+    "forward-gradient": Rule(
+        "B by forward gradients", "2212.07282", learns="forward_gradient", rate=0.05
+    ),
+}  # fmt: skip
+
+
+class Learning:
+    """A network trained by a rule: what a step does besides forward, backward and update."""
+
+    def __init__(self, rule: Rule, network: nn.Module, feedback: fastdfa.Feedback, x: Tensor):
+        """`x`: a batch, to know the sizes."""
+        projector = OpticalProcessor(widest(network), noise=0.1) if rule.projected else None
+        feedback = replace(feedback, **rule.feedback)
+        self.rule = rule
+        self.model = fastdfa.DFA(network, feedback, projector=projector)
+        self.optimizer: torch.optim.Optimizer | None = None
+        if rule.learns:
+            self.model(x)
+            learnt = self.model.learn_feedback(rule.learns)
+            if rule.rate is not None:
+                self.optimizer = torch.optim.SGD(learnt, rule.rate)
+
+    def trained(self) -> list[nn.Parameter]:
+        """What the run's optimizer updates."""
+        with_weights = self.rule.learns and self.rule.rate is None
+        module = self.model if with_weights else self.model.module
+        return list(module.parameters())
+
+    def give(self, y: Tensor) -> None:
+        """The target of the pass that follows, where the signal reads it."""
+        if self.model.feedback.sends.needs_target:
+            self.model.target = y
+
+    def update(self, x: Tensor) -> None:
+        """Of B, after a backward pass, where it is not trained with the weights."""
+        if self.optimizer is None:
+            return
+        if self.rule.learns == "forward_gradient":
+            fastdfa.forward_gradient(self.model, x)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def widest(network: nn.Module) -> int:
+    return max(layer.in_features for layer in network.modules() if isinstance(layer, nn.Linear))
+
+
+def chosen(text: str) -> list[str]:
+    """The names of "all" or of a list with commas.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    names = list(RULES) if text == "all" else text.split(",")
+    for name in names:
+        if name not in RULES:
+            raise ValueError(f"{name!r} is none of all, {', '.join(RULES)}")
+    return list(dict.fromkeys(names))

@@ -10,6 +10,7 @@ from .feedback import PRESETS, Feedback
 from .inspect import inspect
 from .layers import FeedbackPoint, Linear
 from .stream import StreamingStep
+from .surrogate import Surrogate
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "FeedbackPoint",
     "Linear",
     "StreamingStep",
+    "Surrogate",
     "__version__",
     "alignment",
     "backprop",

@@ -8,6 +8,7 @@ from .convert import convert
 from .dfa import DFA, backprop
 from .feedback import PRESETS, Feedback
 from .inspect import inspect
+from .layer_feedback import LayerFeedback
 from .layers import FeedbackPoint, Linear
 from .stream import StreamingStep
 from .surrogate import Surrogate
@@ -22,6 +23,7 @@ __all__ = [
     "Conv2d",
     "Feedback",
     "FeedbackPoint",
+    "LayerFeedback",
     "Linear",
     "StreamingStep",
     "Surrogate",

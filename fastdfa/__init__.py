@@ -9,8 +9,10 @@ from .dfa import DFA, backprop
 from .feedback import PRESETS, Feedback
 from .forward_gradient import forward_gradient
 from .inspect import inspect
+from .layer_feedback import LayerFeedback
 from .layers import FeedbackPoint, Linear
 from .stream import StreamingStep
+from .surrogate import Surrogate
 
 __version__ = "0.1.0"
 
@@ -22,8 +24,10 @@ __all__ = [
     "Conv2d",
     "Feedback",
     "FeedbackPoint",
+    "LayerFeedback",
     "Linear",
     "StreamingStep",
+    "Surrogate",
     "__version__",
     "alignment",
     "backprop",

@@ -1,6 +1,7 @@
 """How well the feedback that layers receive agrees with their true gradient: `alignment`.
 
-One forward pass goes through the network uncut, and a tape notes each tensor that would be a point.
+Of a `DFA`, one forward pass goes through the network uncut, and a tape notes each tensor that would
+be a point.
 One backward pass then gives the error at the output and the true gradient at every point; from that
 error the nodes of an ordinary DFA step make the feedback. So the instrument measures what training
 does, and adds no code to it.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,8 +21,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from . import ops, table
-from .dfa import DFA, check_output
+from .dfa import DFA, backprop, check_output
 from .inspect import left_as_it_was, parameters_of, roots_of, unwrapped
+from .layer_feedback import LAYERS, LayerFeedback
+from .root import Root, names_in
 from .tape import Edge, LayerRecord, Point, Tape, state
 
 if TYPE_CHECKING:
@@ -146,15 +149,16 @@ def alignment(
     the same statistics of a batch. They are compared at the point itself, as arXiv 1906.04554 does.
     Parameters, `.grad`, buffers and torch's random state stay as they are. By the count of
     products that is a step of backprop without its weight gradients; `weights` takes those too, and
-    a backward pass more.
+    a backward pass more. Of a `LayerFeedback` a point is the input of each of its layers, and two
+    steps are made, by the rule and by backprop.
 
     Args:
-        model: a `DFA`, or a module that holds some; `DistributedDataParallel` and `torch.compile`
-            around it are taken off.
+        model: a `DFA`, or a module that holds some, or one `LayerFeedback`;
+            `DistributedDataParallel` and `torch.compile` around it are taken off.
         loss_fn: `loss_fn(model(x), y)` is the loss, a scalar.
         x: the model's input; a tuple holds several arguments, a dict keyword arguments.
         y: what `loss_fn` takes beside the output; None where the model computes its loss itself.
-        gated: also compare behind the local derivative, where that is a layer's own.
+        gated: also compare behind the local derivative, where that is a layer's own; of a `DFA`.
         weights: also compare the gradients of the parameters, by one more backward pass.
 
     Raises:
@@ -164,6 +168,11 @@ def alignment(
     """
     _check_arguments(model, loss_fn)
     model = unwrapped(model)
+    root = _layer_feedback_of(model)
+    if root is not None:
+        if gated:
+            raise ValueError("gated compares at the points of a DFA, and model is a LayerFeedback")
+        return _layer_alignment(model, root, loss_fn, x, y, weights)
     roots = roots_of(model)
     with left_as_it_was(model), ExitStack() as backward:
         with _instead_of(roots) as passes:
@@ -290,9 +299,7 @@ class _UncutPass(Tape):
 
     def _cosines(self, true: Tensor, fed: Tensor) -> Tensor:
         """Row by row, [M], on the CPU."""
-        rows = self.error.shape[:-1].numel()
-        a, b = (_unit_rows(gradient.reshape(rows, -1)) for gradient in (true, fed))
-        return (a * b).sum(1).double().cpu()
+        return _row_cosines(true, fed, self.error.shape[:-1].numel())
 
     def _gated(self, layer: LayerRecord, true: Tensor, fed: Tensor) -> Tensor:
         """The same of both behind the local derivative of the layer before."""
@@ -300,6 +307,11 @@ class _UncutPass(Tape):
         gate = layer.gate
         deltas = [ops.gate(of(g, saved), of(saved, saved), *gate)[0] for g in (true, fed)]
         return self._cosines(*deltas)
+
+
+def _row_cosines(a: Tensor, b: Tensor, rows: int) -> Tensor:
+    a, b = (_unit_rows(gradient.reshape(rows, -1)) for gradient in (a, b))
+    return (a * b).sum(1).double().cpu()
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
@@ -378,6 +390,87 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return (_unit_rows(a) * _unit_rows(b)).sum().item()
 
 
+# Of a `LayerFeedback`.
+
+
+class _LayerPass:
+    """The gradients that a step of a `LayerFeedback` hands to the inputs of its layers."""
+
+    def __init__(self, root: LayerFeedback) -> None:
+        self.edges: dict[str, GradientEdge] = {}  # of every such input, by the name of its point
+        self.output: Any = None
+        self.names = names_in(root.module)
+        self.hooks = [
+            layer.register_forward_pre_hook(self._note)
+            for layer in self.names
+            if isinstance(layer, LAYERS)
+        ]
+        self.hooks.append(root.register_forward_hook(self._note_output))
+
+    def _note(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        if not isinstance(x, Tensor) or not x.requires_grad or x.is_leaf:
+            return
+        edge, name, calls = get_gradient_edge(x), self.names[layer], 1
+        if edge in self.edges.values():  # several layers read one tensor
+            return
+        while (name if calls == 1 else f"{name}#{calls}") in self.edges:
+            calls += 1
+        self.edges[name if calls == 1 else f"{name}#{calls}"] = edge
+
+    def _note_output(self, root: nn.Module, args: Any, output: Any) -> None:
+        if self.output is not None:
+            raise ValueError("model called its LayerFeedback twice; expected one call")
+        check_output(output, None)
+        self.output = output
+
+    def gradients(
+        self, model: nn.Module, loss_fn: Any, x: Any, y: Any, parameters: list[Tensor]
+    ) -> list[Tensor | None]:
+        """Of every edge, then of the parameters."""
+        try:
+            loss = loss_fn(_called(model, x), y)
+        finally:
+            for hook in self.hooks:
+                hook.remove()
+        if self.output is None:
+            raise ValueError("model must call its LayerFeedback once; it did not")
+        _check_loss(loss, "LayerFeedback")
+        inputs = [*self.edges.values(), *parameters]
+        return list(torch.autograd.grad(loss, inputs, allow_unused=True)) if inputs else []
+
+
+def _layer_feedback_of(model: nn.Module) -> LayerFeedback | None:
+    roots = [module for module in model.modules() if isinstance(module, Root)]
+    if not any(isinstance(root, LayerFeedback) for root in roots):
+        return None
+    if len(roots) > 1:
+        raise ValueError(f"model must hold one LayerFeedback alone, got {len(roots)} roots")
+    return roots[0]
+
+
+def _layer_alignment(
+    model: nn.Module, root: LayerFeedback, loss_fn: Any, x: Any, y: Any, weights: bool
+) -> Alignment:
+    parameters = {n: p for n, p in parameters_of(model).items() if p.requires_grad and weights}
+    found = []
+    for context in (backprop(model), nullcontext()):
+        with left_as_it_was(model), context:
+            each = _LayerPass(root)
+            found.append(each.gradients(model, loss_fn, x, y, list(parameters.values())))
+    rows = each.output.shape[:-1].numel()
+    pairs = dict(zip([*each.edges, *parameters], zip(*found, strict=True), strict=True))
+    pairs = {name: (a, b) for name, (a, b) in pairs.items() if a is not None and b is not None}
+    points = [
+        PointAlignment(name, _row_cosines(*pairs[name], rows))
+        for name in each.edges
+        if name in pairs
+    ]
+    return Alignment(
+        tuple(points), {name: _cosine(*pairs[name]) for name in parameters if name in pairs}
+    )
+
+
 # Bad input.
 
 
@@ -397,12 +490,16 @@ def _check(loss: Any, passes: dict[str, _UncutPass]) -> None:
             raise ValueError(f"model must have feedback points, and {where} has none")
         if each.output.numel() == 0:
             raise ValueError(f"x must hold at least one row, got none for {where}")
+    _check_loss(loss, "DFA")
+
+
+def _check_loss(loss: Any, root: str) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
     if loss.dim() != 0:
         raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
     if not loss.requires_grad:
-        raise ValueError("loss_fn must depend on the output of the DFA, and it does not")
+        raise ValueError(f"loss_fn must depend on the output of the {root}, and it does not")
 
 
 # Along a training run.
@@ -441,7 +538,8 @@ class AlignmentMonitor:
         weights: bool = False,
     ) -> None:
         _check_arguments(model, loss_fn)
-        roots_of(unwrapped(model))
+        if _layer_feedback_of(unwrapped(model)) is None:
+            roots_of(unwrapped(model))
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"every must be an int, got {type(every).__name__}")
         if every < 1:

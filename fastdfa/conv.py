@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,11 @@ from torch.autograd.function import once_differentiable
 
 from . import activations, ops
 from .activations import Gate
-from .fused import activated, gate_of, gated
-from .tape import Fed, cut, note_reader
+from .fused import activated, autocast_dtype, gate_of, gated
+from .tape import Fed, backward_weight, cut, note_reader
+
+if TYPE_CHECKING:
+    from .layer_feedback import BackwardWeight
 
 
 class _Convolution:
@@ -50,19 +53,36 @@ class _Convolution:
             source = behind if uncut else input
             x = F.pad(source, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             behind, padding = (x if uncut else x.detach()), "valid"
-        gate = gate_of(self.activation)
+        gate, backward = gate_of(self.activation), backward_weight(self)
         if gate is not None and input.dim() == self.weight.dim():
-            output = self._activated(behind, padding, gate)
+            x, affine = self._map(behind, padding)
+            output = activated(x, self.weight, self.bias, gate, affine, backward)
         else:
-            output = self._convolve(
-                behind, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
-            )
+            if backward is not None:
+                output = self._fed_back(behind, padding, backward)
+            else:
+                output = self._convolve(
+                    behind, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
+                )
             if self.activation is not None:
                 output = self.activation(output)
         note_reader(input, output)
         return output
 
-    def _activated(self, x: Tensor, padding: str | tuple[int, ...], gate: Gate) -> Tensor:
+    def _fed_back(
+        self, x: Tensor, padding: str | tuple[int, ...], backward: BackwardWeight
+    ) -> Tensor:
+        """The convolution, the input gradient of which reads another weight."""
+        batched = x.dim() == self.weight.dim()
+        x, affine = self._map(x if batched else x.unsqueeze(0), padding)
+        weight, bias, dtype = self.weight, self.bias, autocast_dtype(x)
+        if dtype is not None:
+            x, weight = x.to(dtype), weight.to(dtype)
+        y = _Convolved.apply(None, x, weight, bias, affine, backward)
+        return y if batched else y.squeeze(0)
+
+    def _map(self, x: Tensor, padding: str | tuple[int, ...]) -> tuple[Tensor, ConvolutionMap]:
+        """The convolution of x, padded where that cannot be said by one number for a dimension."""
         if padding == "valid":
             padding = (0,) * len(self.kernel_size)
         if padding == "same":
@@ -70,10 +90,9 @@ class _Convolution:
             padding = tuple(n // 2 for n in total)
             if any(n % 2 for n in total):  # the larger part comes last
                 x = F.pad(x, [k for n in reversed(total) for k in (0, n % 2)])
-        affine = ConvolutionMap(
+        return x, ConvolutionMap(
             tuple(self.weight.shape), self.stride, padding, self.dilation, self.groups
         )
-        return activated(x, self.weight, self.bias, gate, affine)
 
 
 class ConvolutionMap(NamedTuple):
@@ -92,13 +111,16 @@ class ConvolutionMap(NamedTuple):
     def activated(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate
     ) -> tuple[Tensor, Tensor | None]:
-        bias = None if bias is None else bias.to(weight.dtype)
-        a = torch.convolution(x, weight, bias, *self._options())
+        a = self.convolved(x, weight, bias)
         if not gate.from_output:
             return activations.apply(a, *gate), a
         h = a if a.is_contiguous() else a.movedim(1, -1).contiguous().movedim(-1, 1)
         ops.activate_(self.matrix(h, h), None, *gate)
         return h, None
+
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(weight.dtype)
+        return torch.convolution(x, weight, bias, *self._options())
 
     def attached(
         self,
@@ -109,8 +131,9 @@ class ConvolutionMap(NamedTuple):
         bias: Tensor | None,
         gate: Gate,
         fed: Fed | None,
+        backward: BackwardWeight | None,
     ) -> Tensor:
-        place = _Convolved.apply(h, x, weight, bias, self)
+        place = _Convolved.apply(h, x, weight, bias, self, backward)
         return _Gated.apply(h, a, place, gate, fed, self)
 
     def matrix(self, x: Tensor, saved: Tensor) -> Tensor:
@@ -154,23 +177,29 @@ class ConvolutionMap(NamedTuple):
 
 
 class _Convolved(torch.autograd.Function):
-    """A convolution of the shape of h that is computed already: its place in the graph, no memory.
+    """A convolution; where it is computed already, of the shape of h, its place in the graph alone,
+    which takes no memory.
 
     Not one node with the activation, so that the gradient of h is freed before these are made: one
     node holds both, and put the peak of a step above backprop's (49 against 44 MiB).
     """
 
     @staticmethod
-    def forward(ctx, h, x, weight, bias, affine):
+    def forward(ctx, h, x, weight, bias, affine, backward):
         ctx.save_for_backward(x, weight)
-        ctx.affine = affine
+        ctx.affine, ctx.backward_weight = affine, backward
+        if h is None:
+            return affine.convolved(x, weight, bias)
         return h.new_empty(()).expand(h.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, delta):
+        x, weight = ctx.saved_tensors
+        if ctx.backward_weight is not None and ctx.needs_input_grad[1]:
+            weight = ctx.backward_weight.of(weight)  # read by the gradient of x alone
         needed = ctx.needs_input_grad[1:4]
-        return None, *ctx.affine.gradients(delta, *ctx.saved_tensors, needed), None
+        return None, *ctx.affine.gradients(delta, x, weight, needed), None, None
 
 
 class _Gated(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""From a network of torch's own modules to a `DFA`: `convert`."""
+"""From a network of torch's own modules to one that trains by feedback: `convert`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from . import activations
 from .conv import Conv1d, Conv2d
 from .dfa import DFA
 from .feedback import Feedback
+from .layer_feedback import RULES, LayerFeedback
 from .layers import FeedbackPoint, Linear
+from .root import Root
 from .tape import state
 
 Selector = type | str
@@ -32,6 +34,8 @@ _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, NonDynamicallyQuantizableLinear)
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 # Torch's blocks that have skip connections round their layers.
 _RESIDUAL = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+# What a layer does in a network of each kind.
+_CUT, _FED_BACK = "cut at its input", "hands down its gradient by the rule"
 
 
 def convert(
@@ -40,12 +44,13 @@ def convert(
     output: str | None = None,
     blocks: Selector | Sequence[Selector] | None = None,
     *,
+    rule: str = "dfa",
     point: FeedbackPoint | None = None,
     fold: bool = True,
     allow_bypass: bool = False,
     allow_tied: bool = False,
-) -> DFA:
-    """Makes a network of torch's own modules train by direct feedback alignment.
+) -> Root:
+    """Makes a network of torch's own modules train by direct feedback alignment, or another rule.
 
     Without `blocks`, every `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` becomes fastdfa's, which cuts
     the network at its input. With `blocks`, the network is cut behind each block and nothing else
@@ -62,6 +67,10 @@ def convert(
         model: the network, before DistributedDataParallel wraps it, and before fully_shard takes
             single layers of it, which would then be left alone.
         feedback, output, allow_bypass: as in `DFA`.
+        rule: "dfa" gives a `DFA`; "fa", "usf", "frsf", "brsf" and "backprop" give a `LayerFeedback`
+            of that rule, every layer of which follows it; "shallow" one of "backprop" in which the
+            last layer alone requires grad: what a rule must beat to have taught the others
+            anything. Of the arguments for where and how a `DFA` feeds back, they take none.
         blocks: which modules have a feedback point behind them, of the same name: classes, or
             patterns of qualified names, in which `*` stays within one part ("encoder.layers.*").
             Of a tuple or list that a block returns, the first tensor is the point.
@@ -87,6 +96,10 @@ def convert(
         RuntimeError: in the first forward pass, where a path leads round a cut, as in `DFA`.
     """
     _check_model(model)
+    if rule != "dfa":
+        no_others = {"feedback": feedback, "output": output, "blocks": blocks, "point": point,
+                     "allow_bypass": allow_bypass or None}  # fmt: skip
+        return _convert_by_layer(model, rule, fold, no_others)
     if blocks is None:
         _check_layers(model, point, allow_bypass)
         conversion = _plan_layers(model, output, fold)
@@ -98,6 +111,27 @@ def convert(
     root = DFA(model, feedback, output, allow_bypass)
     _warn_of_bottlenecks(conversion.layers, output)
     conversion._apply()
+    root.conversion = conversion
+    return root
+
+
+def _convert_by_layer(
+    model: nn.Module, rule: str, fold: bool, no_others: dict[str, Any]
+) -> LayerFeedback:
+    """`no_others`: arguments that only a `DFA` takes, None where not given."""
+    if rule not in (*RULES, "shallow"):
+        known = ", ".join(map(repr, ("dfa", *RULES, "shallow")))
+        raise ValueError(f"rule must be one of {known}, got {rule!r}")
+    for name, value in no_others.items():
+        if value is not None:
+            raise ValueError(f"{name} is of rule='dfa' alone, got it with rule={rule!r}")
+    _check_visible(model)
+    conversion = _plan_layers(model, None, fold)
+    conversion.role = _FED_BACK
+    conversion._apply()
+    root = LayerFeedback(model, "backprop" if rule == "shallow" else rule)
+    if rule == "shallow":
+        conversion.freeze_all_but_the_last()
     root.conversion = conversion
     return root
 
@@ -122,6 +156,8 @@ class Conversion:
         kept: by name, the class of a layer that is as it was, and why.
         blocks: by name, the modules that have a feedback point behind them now.
         point: how these are fed.
+        role: what the layers do in the network.
+        frozen: parameters that required grad and do no longer, for rule="shallow".
     """
 
     model: nn.Module
@@ -130,6 +166,8 @@ class Conversion:
     kept: dict[str, tuple[type, str]] = field(default_factory=dict)
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     point: FeedbackPoint | None = None
+    role: str = _CUT
+    frozen: list[nn.Parameter] = field(default_factory=list)
 
     def undo(self) -> nn.Module:
         """Makes the model what it was, with the parameters that it has now, and returns it.
@@ -150,7 +188,17 @@ class Conversion:
             for key, hook in list(block._forward_hooks.items()):
                 if isinstance(hook, _CutBehind):
                     del block._forward_hooks[key]
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
         return self.model
+
+    def freeze_all_but_the_last(self) -> None:
+        """In the order in which the model holds its layers."""
+        last = [m for m in self.model.modules() if isinstance(m, tuple(_PLAIN))][-1]
+        kept = set(last.parameters())
+        self.frozen = [p for p in self.model.parameters() if p.requires_grad and p not in kept]
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
 
     def _apply(self) -> None:
         """A layer changes its class, as in torch's parametrize: who holds it holds the new one."""
@@ -174,7 +222,7 @@ class Conversion:
     def _told(self, name: str) -> str:
         fold = self.folds.get(name)
         taken = f", applies {type(fold.activation).__name__} {fold.name!r}" if fold else ""
-        return f"cut at its input{taken}"
+        return f"{self.role}{taken}"
 
 
 class _CutBehind:
@@ -332,8 +380,11 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         where = f"at {name!r}" if name else "itself"
-        if isinstance(module, DFA):
-            raise ValueError(f"model must hold no DFA, got one {where}: convert what is inside it")
+        if isinstance(module, Root):
+            kind = type(module).__name__
+            raise ValueError(
+                f"model must hold no {kind}, got one {where}: convert what is inside it"
+            )
         if isinstance(module, _WRAPPERS):
             raise ValueError(
                 f"model must not be wrapped yet, got a {type(module).__name__} {where}: convert "
@@ -344,8 +395,20 @@ def _check_model(model: Any) -> None:
 def _check_layers(model: nn.Module, point: Any, allow_bypass: bool) -> None:
     if point is not None:
         raise ValueError("point says how blocks are fed, and needs blocks=")
+    _check_visible(model)
     for name, module in model.named_modules():
-        what = f"{name or 'the model'!r} is a {type(module).__name__}"
+        for kind in _RESIDUAL:
+            if isinstance(module, kind) and not allow_bypass:
+                raise ValueError(
+                    f"{_described(name, module)}: later feedback would pass by its layers along "
+                    f"its skip connections. Cut behind each instead, by blocks=nn.{kind.__name__}"
+                )
+
+
+def _check_visible(model: nn.Module) -> None:
+    """Raises where there may be layers that cannot be found."""
+    for name, module in model.named_modules():
+        what = _described(name, module)
         if isinstance(module, jit.ScriptModule) and any(map(_trainable, module.parameters())):
             raise ValueError(
                 f"{what}: convert cannot see into a scripted module. Name the modules to cut "
@@ -353,12 +416,10 @@ def _check_layers(model: nn.Module, point: Any, allow_bypass: bool) -> None:
             )
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
             raise ValueError(f"{what} without parameters yet: run the model once, then convert")
-        for kind in _RESIDUAL:
-            if isinstance(module, kind) and not allow_bypass:
-                raise ValueError(
-                    f"{what}: later feedback would pass by its layers along its skip connections. "
-                    f"Cut behind each instead, by blocks=nn.{kind.__name__}"
-                )
+
+
+def _described(name: str, module: nn.Module) -> str:
+    return f"{name or 'the model'!r} is a {type(module).__name__}"
 
 
 def _check_block(name: str, block: nn.Module) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import capture, fsdp, graph, network, ops, plan, signals
 from . import feedback as feedback_rules
+from . import fsdp, graph, network, ops, plan, signals
 from .broadcast import (
     Broadcast,
     BroadcastInTurn,
@@ -27,15 +27,8 @@ from .feedback import LOW_RANK_STREAM, DenseCache, Feedback, Source
 from .matrices import Learning, Matrices, learning, learning_of
 from .ops.reference import accumulation_dtype
 from .projectors import Projector
+from .root import Root, names_in
 from .tape import Chain, Point, Receiver, Tape, state
-
-# Prefixes that wrappers add to names; B must not depend on them.
-_WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-
-_MADE_AGAIN = (
-    "_layout", "_scales", "_streams", "_cache", "_seed_version", "_plan", "_network",
-    "_in_vain", "_names", "_in_sequentials",
-)  # fmt: skip
 
 
 class Layout(NamedTuple):
@@ -59,7 +52,7 @@ class Settled(NamedTuple):
     stream: int
 
 
-class DFA(nn.Module):
+class DFA(Root):
     """Trains the network it wraps by direct feedback alignment.
 
     Inside, every fastdfa layer and `FeedbackPoint` cuts the network at its input; in backward each
@@ -104,8 +97,11 @@ class DFA(nn.Module):
         TypeError, ValueError: for arguments that are not so, or a `DFA` inside `module`.
     """
 
-    seed: Tensor
     looks_ahead = True  # whether layers may be computed ahead of their calls, or without them
+    made_again = (
+        *Root.made_again, "_layout", "_scales", "_streams", "_cache", "_plan", "_network",
+        "_in_vain", "_names", "_in_sequentials",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -117,17 +113,13 @@ class DFA(nn.Module):
         matrices: Tensor | Mapping[str, Tensor] | None = None,
         projector: Projector | None = None,
     ) -> None:
-        super().__init__()
-        _check_module(module, output)
-        self.module = module
-        self.feedback = feedback_rules.make(feedback)
+        rule = feedback_rules.make(feedback)
+        super().__init__(module, rule.seed)
+        _check_tap(module, output)
+        self.feedback = rule
         self.output = output
         self.allow_bypass = allow_bypass
         self.direct_gradients = direct_gradients
-        seed = self.feedback.seed
-        if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
-        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self.target: Tensor | None = None
         self.matrices = None if matrices is None else Matrices(matrices)
         self.learning: Learning | None = None
@@ -136,7 +128,6 @@ class DFA(nn.Module):
         if projector is not None and matrices is not None:
             raise ValueError("projector has a B of its own: expected no matrices beside it")
         self.projector = projector
-        self._key = seed
         self._reset()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,8 +137,8 @@ class DFA(nn.Module):
             TypeError, ValueError, RuntimeError: where the output or a point does not fit the
                 contract, where a path leads round a cut, or inside another `DFA`.
         """
-        if state.tape is not None:
-            raise RuntimeError("a DFA was called inside another DFA: wrap the outermost only")
+        if state.tape is not None or state.layer_feedback is not None:
+            raise RuntimeError("a DFA was called inside another root: wrap the outermost only")
         # An exported program has no backward.
         plain = not torch.is_grad_enabled() or torch.compiler.is_exporting()
         if plain or any(self is root for root in state.true_gradients):
@@ -587,27 +578,6 @@ class DFA(nn.Module):
         source = Source(seed, stream, self.feedback.distribution, density, dtype, device)
         return (self._cache.get(source, rows, columns, channels_last),)
 
-    def read_seed(self) -> int:
-        return self._read_seed(self._key)
-
-    @torch.compiler.assume_constant_result
-    def _read_seed(self, key: int) -> int:
-        """The seed, read from the buffer only when that was written: loaded, broadcast, moved.
-
-        `key` is what was read last: as an argument it guards a compiled step.
-        """
-        seen = self._seed_version
-        written = seen is None or seen[0] is not self.seed or seen[1] != self.seed._version
-        if written and not self.seed.is_meta:
-            capture.refuse(capture.MADE_BEFORE.format("read its seed"))
-            self._key = int(self.seed)
-            self._seed_version = (self.seed, self.seed._version)
-        return self._key
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.read_seed()
-
     # Names.
 
     def _name(self, points: list[Point]) -> list[str]:
@@ -629,12 +599,9 @@ class DFA(nn.Module):
         return (None, 0) if layer in self._in_vain else self._in_sequentials.get(layer, (None, 0))
 
     def _find_names(self) -> None:
-        self._names: dict[nn.Module, str] = {}
+        self._names = names_in(self.module)
         self._in_sequentials: dict[nn.Module, tuple[nn.Sequential, int]] = {}
-        for name, module in self.module.named_modules():
-            for prefix in _WRAPPER_PREFIXES:
-                name = name.replace(prefix, "")
-            self._names[module] = name
+        for module in self._names:
             if type(module) is nn.Sequential:
                 self._in_sequentials |= {layer: (module, i) for i, layer in enumerate(module)}
 
@@ -649,36 +616,28 @@ class DFA(nn.Module):
             tapped.register_forward_hook(_tap)
         return tapped
 
-    # Copies and pickles carry the seed and the rule; what can be made again is left out.
-
     def _reset(self) -> None:
+        super()._reset()
         self._layout: Layout | None = None
         self._scales: tuple[float, ...] = ()
         self._streams: tuple[int, ...] = ()
         self._cache = DenseCache()
-        self._seed_version: tuple[Tensor, int] | None = None
         self._plan: plan.Plan | None = None
         self._network: network.Planned | None = None
         self._in_vain: set[nn.Module] = set()
         self._find_names()
         self._install_tap()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in _MADE_AGAIN}
-
-    def __setstate__(self, attributes: dict[str, Any]) -> None:
-        super().__setstate__(attributes)
-        self._reset()
-
 
 @contextmanager
 def backprop(model: nn.Module) -> Iterator[None]:
-    """Inside, forward passes of every `DFA` in `model` give true gradients (in this thread).
+    """Inside, forward passes of every `DFA` or `LayerFeedback` in `model` give true gradients (in
+    this thread).
 
     Raises:
-        ValueError: if there is no `DFA` in `model`.
+        ValueError: if there is none in `model`.
     """
-    roots = tuple(module for module in model.modules() if isinstance(module, DFA))
+    roots = tuple(module for module in model.modules() if isinstance(module, Root))
     if not roots:
         raise ValueError(f"model must hold a fastdfa.DFA, got {type(model).__name__} without one")
     before = state.true_gradients
@@ -713,12 +672,7 @@ def _requires_grad(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
-def _check_module(module: nn.Module, output: str | None) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
-    for name, inner in module.named_modules():
-        if isinstance(inner, DFA):
-            raise ValueError(f"module must hold no DFA, got one at {name or 'its top'!r}")
+def _check_tap(module: nn.Module, output: str | None) -> None:
     if output is None:
         return
     if not isinstance(output, str):

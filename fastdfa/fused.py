@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from torch.autograd.function import once_differentiable
 from . import activations, ops
 from .activations import Gate
 from .tape import Affine, Fed, LayerRecord, state
+
+if TYPE_CHECKING:
+    from .layer_feedback import BackwardWeight
 
 
 class LinearMap:
@@ -32,8 +37,9 @@ class LinearMap:
         bias: Tensor | None,
         gate: Gate,
         fed: Fed | None,
+        backward: BackwardWeight | None,
     ) -> Tensor:
-        return _ActivatedLinear.apply(h, a, x, weight, bias, gate, fed)
+        return _ActivatedLinear.apply(h, a, x, weight, bias, gate, fed, backward)
 
     def matrix(self, x: Tensor, saved: Tensor) -> Tensor:
         return as_matrix(x)
@@ -61,9 +67,9 @@ class _ActivatedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, a, x, weight, bias, gate, fed):
+    def forward(ctx, h, a, x, weight, bias, gate, fed, backward):
         ctx.save_for_backward(h if a is None else a, x, weight)
-        ctx.gate, ctx.fed = gate, fed
+        ctx.gate, ctx.fed, ctx.backward_weight = gate, fed, backward
         ctx.bias_dtype = None if bias is None else bias.dtype
         return h.view_as(h)
 
@@ -71,12 +77,19 @@ class _ActivatedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         saved, x, weight = ctx.saved_tensors
-        _, _, needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        _, _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         delta, bias_grad = gated(grad, saved, ctx.gate, ctx.fed, LINEAR)
-        x_grad = (delta @ weight).view(x.shape) if needs_x else None
+        x_grad = input_gradient(delta, x, weight, ctx.backward_weight) if needs_x else None
         weight_grad = weight_gradient(delta, x) if needs_weight else None
         bias_grad = bias_grad.to(ctx.bias_dtype) if needs_bias else None
-        return None, None, x_grad, weight_grad, bias_grad, None, None
+        return None, None, x_grad, weight_grad, bias_grad, None, None, None
+
+
+def input_gradient(
+    delta: Tensor, x: Tensor, weight: Tensor, backward: BackwardWeight | None
+) -> Tensor:
+    """delta W, of the shape of x, or delta B where a rule of feedback has put a B in its place."""
+    return (delta @ (weight if backward is None else backward.of(weight))).view(x.shape)
 
 
 def gated(
@@ -89,36 +102,40 @@ def gated(
     return ops.gate(affine.matrix(grad, saved), h, *gate)
 
 
-class _CheckpointedLinear(torch.autograd.Function):
-    """F.linear that saves input and weight whether or not its input is cut.
+class _Linear(torch.autograd.Function):
+    """F.linear that saves input and weight whether or not its input is cut, or is sent a gradient
+    by another matrix.
 
-    Activation checkpointing runs a layer again in backward, without a tape, so uncut, and demands
-    that it saves the same tensors.
+    Activation checkpointing runs a layer again in backward, outside of every root, and demands that
+    it saves the same tensors.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, backward):
         ctx.save_for_backward(x, weight)
+        ctx.backward_weight = backward
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         delta = as_matrix(grad)
-        x_grad = (delta @ weight).view(x.shape) if needs_x else None
+        x_grad = input_gradient(delta, x, weight, ctx.backward_weight) if needs_x else None
         weight_grad = weight_gradient(delta, x) if needs_weight else None
-        return x_grad, weight_grad, delta.sum(0) if needs_bias else None
+        return x_grad, weight_grad, delta.sum(0) if needs_bias else None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.compiler.is_compiling() or not saved_tensor_hooks_active():
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, backward: BackwardWeight | None = None
+) -> Tensor:
+    if backward is None and (torch.compiler.is_compiling() or not saved_tensor_hooks_active()):
         return F.linear(x, weight, bias)
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _CheckpointedLinear.apply(x, weight, bias)
+    return _Linear.apply(x, weight, bias, backward)
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -137,7 +154,14 @@ def weight_gradient(delta: Tensor, x: Tensor) -> Tensor:
     return ops.weight_gradients([delta], [as_matrix(x)])[0]
 
 
-def activated(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate, affine: Affine) -> Tensor:
+def activated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Gate,
+    affine: Affine,
+    backward: BackwardWeight | None,
+) -> Tensor:
     """f(x W + b) for an activation that the kernels know, on the tape where its input is cut."""
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -152,7 +176,7 @@ def activated(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate, affine
     if tape is not None and tape.tapped is None and not tape.saves:
         return tape.unsaved(h)
     fed = None if torch.compiler.is_compiling() else []
-    output = affine.attached(h, a, x, weight, bias, gate, fed)
+    output = affine.attached(h, a, x, weight, bias, gate, fed, backward)
     saved = h if a is None else a
     _record(LayerRecord(output, saved, x, weight, bias, gate, affine, fed, None))
     return output

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import graph, plan, table
 from .dfa import DFA
+from .root import Root
 from .tape import Receiver, Tape
 
 
@@ -334,7 +335,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """By the names that `inspect` gives them: those of points begin inside the wrapped module."""
-    return dict((model.module if isinstance(model, DFA) else model).named_parameters())
+    return dict((model.module if isinstance(model, Root) else model).named_parameters())
 
 
 def roots_of(model: nn.Module) -> dict[str, DFA]:

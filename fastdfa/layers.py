@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from . import activations, chain
 from .fused import LINEAR, activated, gate_of, linear
-from .tape import cut, note_reader
+from .tape import backward_weight, cut, note_reader
 
 
 class Linear(nn.Linear):
     """`nn.Linear` followed by an activation, trained by feedback inside a `DFA`.
 
     Same arguments, initialisation, `state_dict` keys and forward numbers as `nn.Linear`. In a
-    `DFA` its input is a feedback point, so that no input gradient is computed; outside one it
-    trains by backprop like any layer.
+    `DFA` its input is a feedback point, so that no input gradient is computed; in a `LayerFeedback`
+    its input gradient reads another matrix; outside both it trains by backprop like any layer.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
@@ -48,14 +48,14 @@ class Linear(nn.Linear):
         ready = chain.computed(self, input)
         if ready is not None:
             return ready
-        behind = cut(self, input)
+        behind, backward = cut(self, input), backward_weight(self)
         gate = gate_of(self.activation)
         if gate is not None:
             output = chain.begin(self, behind)
             if output is None:
-                output = activated(behind, self.weight, self.bias, gate, LINEAR)
+                output = activated(behind, self.weight, self.bias, gate, LINEAR, backward)
         else:
-            output = linear(behind, self.weight, self.bias)
+            output = linear(behind, self.weight, self.bias, backward)
             if self.activation is not None:
                 output = self.activation(output)
         note_reader(input, output)

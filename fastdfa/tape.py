@@ -21,14 +21,17 @@ from .activations import Gate
 
 if TYPE_CHECKING:
     from .broadcast import ChainFeedback
+    from .layer_feedback import BackwardWeight, LayerFeedback
 
 
 class State(threading.local):
-    """Of each thread: the tape being written, the roots inside a `backprop()` context, and what
-    some roots run in place of their own forward pass, from their args and kwargs."""
+    """Of each thread: the tape being written, or the `LayerFeedback` that runs; the roots inside a
+    `backprop()` context; and what some roots run in place of their own forward pass, from their
+    args and kwargs."""
 
     def __init__(self) -> None:
         self.tape: Tape | None = None
+        self.layer_feedback: LayerFeedback | None = None
         self.instead: dict[nn.Module, Callable[[tuple[Any, ...], dict[str, Any]], Any]] = {}
         self.true_gradients: tuple[nn.Module, ...] = ()
 
@@ -64,6 +67,7 @@ class Affine(Protocol):
         bias: Tensor | None,
         gate: Gate,
         fed: Fed | None,
+        backward: BackwardWeight | None,
     ) -> Tensor:
         """Returns a view of h with the layer's backward behind it."""
 
@@ -353,6 +357,12 @@ def cut(
         return tape.cut(layer, x, rows, features)
     tape.passed(layer, x, rows, features)
     return x
+
+
+def backward_weight(layer: nn.Module) -> BackwardWeight | None:
+    """What the input gradient of a layer reads in the place of its weight, if something else."""
+    root = state.layer_feedback
+    return None if root is None else root.backward_weight(layer)
 
 
 def note_reader(x: Tensor, output: Tensor) -> None:

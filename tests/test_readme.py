@@ -100,3 +100,10 @@ def test_the_examples_run():
         assert len(names[name].feedback_points) > 0, name
         for parameter in names[name].parameters():
             assert parameter.grad.abs().sum() > 0, name
+
+
+def test_the_rules_run():
+    names = run("docs/rules.md")
+    for name in ["binary", "fa"]:
+        for parameter in names[name].parameters():
+            assert parameter.grad.abs().sum() > 0, name

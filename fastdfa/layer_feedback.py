@@ -1,0 +1,227 @@
+"""Feedback that goes down layer by layer, beside which DFA is compared: `LayerFeedback`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import capture, ops
+from .conv import Conv1d, Conv2d
+from .feedback import Feedback
+from .layers import Linear
+from .ops.reference import accumulation_dtype
+from .root import Root, names_in
+from .tape import state
+
+RULES = ("fa", "usf", "frsf", "brsf", "backprop")
+
+# The standard deviation of the entries of B, from the fan-in and the fan-out of the weight.
+SCALES: dict[str, Callable[[int, int], float]] = {
+    # Xavier-uniform, bound sqrt(6 / (fan_in + fan_out)): BioTorch's default.
+    "xavier": lambda fan_in, fan_out: (2 / (fan_in + fan_out)) ** 0.5,
+    # As torch initialises a weight, bound 1 / sqrt(fan_in): BioTorch's other choice.
+    "torch": lambda fan_in, fan_out: (3 * fan_in) ** -0.5,
+}
+LAYERS = (Linear, Conv1d, Conv2d)  # that follow a rule
+_DRAWN = Feedback(distribution="uniform", shared=False)  # how the B of a layer is
+
+
+class BackwardWeight(NamedTuple):
+    """What the input gradient of a layer reads in the place of its weight."""
+
+    rule: str
+    scale: float
+    matrix: Tensor | None  # B of "fa", |B| of "frsf", of the weight's shape; else None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """B, of the shape and dtype of the weight; made in backward, so that no step keeps it."""
+        if self.rule == "fa":
+            return self.matrix.to(weight.dtype)
+        if self.rule == "usf":
+            return weight.sign().mul_(self.scale)
+        if self.rule == "frsf":
+            return weight.sign().mul_(self.matrix)
+        magnitude = torch.empty_like(weight).uniform_(0, 3**0.5 * self.scale)
+        return magnitude.mul_(weight.sign())
+
+
+class LayerFeedback(Root):
+    """Trains the network it wraps by feedback from layer to layer, each through a B of its own.
+
+    As backprop, but the gradient that every fastdfa layer hands down to its input is made with a
+    matrix B_l of the shape of its weight W_l, and not with W_l itself:
+
+        d_{l-1} = (d_l B_l) * f'(a_{l-1}),    dW_l = d_l^T h_{l-1},    d_L = e
+
+    So nothing is cut and no work is left out: a step costs what backprop's does. The rules, with M
+    drawn from U(-s sqrt(3), s sqrt(3)), of standard deviation s:
+
+    - "fa": B_l = M, fixed. Feedback alignment (Lillicrap et al. 2016, arXiv 1411.0247).
+    - "usf": B_l = s sign(W_l). Uniform sign-concordant feedback (Liao et al. 2016, arXiv
+      1510.05067), scaled as in Xiao et al. 2019 (arXiv 1811.03567).
+    - "frsf": B_l = |M| * sign(W_l), M fixed.
+    - "brsf": B_l = |M| * sign(W_l), M drawn anew in each backward pass of each layer.
+    - "backprop": B_l = W_l.
+
+    They and their scales are those of BioTorch (Sanfiz and Akrout 2021, arXiv 2108.13446), which
+    also initialises the weights that way; here they stay torch's.
+
+    Args:
+        module: the network. Of it `Linear`, `Conv1d` and `Conv2d` of fastdfa follow the rule.
+        rule: one of these names.
+        scale: s, a number or the name of a choice: "xavier" sqrt(2 / (fan_in + fan_out)), "torch"
+            1 / sqrt(3 fan_in); fan_in and fan_out as in torch.nn.init.
+        seed: 0 to 2**63 - 1, of every fixed M; None draws one from torch's generator. "brsf" draws
+            from torch's generator, as dropout does, so under DistributedDataParallel each process
+            has its own.
+
+    Buffers: `seed`, int64, as in `DFA`. A fixed M is a function of it and of the layer's name, and
+        is never in a checkpoint.
+
+    Warns:
+        UserWarning: of torch's own linear and convolutional layers in it, which would hand down
+            gradients by their weights.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not so, or a root inside `module`.
+    """
+
+    made_again = (*Root.made_again, "_names", "_matrices")
+
+    def __init__(
+        self,
+        module: nn.Module,
+        rule: str = "fa",
+        scale: float | str = "xavier",
+        seed: int | None = None,
+    ) -> None:
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
+        _check_scale(scale)
+        super().__init__(module, Feedback(seed=seed).seed)
+        self.rule = rule
+        self.scale = scale
+        if rule != "backprop":
+            _warn_of_plain_layers(module)
+        self._reset()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own output; its backward is that of the rule.
+
+        Raises:
+            RuntimeError: inside another root.
+        """
+        if state.tape is not None or state.layer_feedback is not None:
+            raise RuntimeError(
+                "a LayerFeedback was called inside another root: wrap the outermost only"
+            )
+        plain = self.rule == "backprop" or any(self is root for root in state.true_gradients)
+        if plain or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return self.module(*args, **kwargs)
+        state.layer_feedback = self
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            state.layer_feedback = None
+
+    def feedback_matrix(self, name: str) -> Tensor:
+        """B_l of a layer, of the shape of its weight; of "brsf", one draw.
+
+        Raises:
+            KeyError: where no layer that follows the rule has this name.
+        """
+        layers = {
+            name: layer
+            for layer, name in names_in(self.module).items()
+            if isinstance(layer, LAYERS)
+        }
+        if name not in layers:
+            raise KeyError(f"no layer {name!r} that follows the rule; there are {list(layers)}")
+        weight = layers[name].weight.detach()
+        if self.rule == "backprop":
+            return weight.clone()
+        return self.backward_weight(layers[name]).of(weight).clone()
+
+    def backward_weight(self, layer: nn.Module) -> BackwardWeight:
+        """What a layer reads in backward, for its call in a forward pass."""
+        if layer not in self._names:
+            self._names = names_in(self.module)
+        shape, dtype, device = layer.weight.shape, layer.weight.dtype, layer.weight.device
+        scale, matrix = self._deviation(tuple(shape)), None
+        if self.rule in ("fa", "frsf"):
+            name = self._names.get(layer, type(layer).__name__)
+            (matrix,) = self._matrix(self.read_seed(), name, tuple(shape), dtype, device)
+        return BackwardWeight(self.rule, scale, matrix)
+
+    def extra_repr(self) -> str:
+        return f"rule={self.rule!r}, scale={self.scale!r}"
+
+    def _deviation(self, shape: tuple[int, ...]) -> float:
+        """The standard deviation s of M for a weight of this shape."""
+        if not isinstance(self.scale, str):
+            return float(self.scale)
+        positions = math.prod(shape[2:])
+        return SCALES[self.scale](max(shape[1] * positions, 1), max(shape[0] * positions, 1))
+
+    # In a tuple and as a constant of a compiled step, as `DFA._dense`.
+    @torch.compiler.assume_constant_result
+    def _matrix(
+        self,
+        seed: int,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> tuple[Tensor]:
+        """M of a layer, or its absolute value where that is what the rule reads."""
+        key = (seed, name, shape, dtype, device)
+        if key not in self._matrices:
+            capture.refuse(capture.MADE_BEFORE.format("make its B"))
+            self._matrices = {k: m for k, m in self._matrices.items() if k[0] == seed}
+            matrix = ops.feedback(
+                shape[0],
+                math.prod(shape[1:]),
+                seed=seed,
+                stream=_DRAWN.stream(name),
+                distribution=_DRAWN.distribution,
+                dtype=accumulation_dtype(dtype),
+                device=device,
+            )
+            matrix = matrix.reshape(shape) * self._deviation(shape)
+            self._matrices[key] = (matrix.abs() if self.rule == "frsf" else matrix).to(dtype)
+        return (self._matrices[key],)
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._names: dict[nn.Module, str] = {}
+        self._matrices: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _warn_of_plain_layers(module: nn.Module) -> None:
+    plain = [
+        name or "module"
+        for name, layer in module.named_modules()
+        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and not isinstance(layer, LAYERS)
+    ]
+    if plain:
+        warnings.warn(
+            f"{', '.join(map(repr, plain))}: no layer of fastdfa, so the gradient of its input is "
+            "made with its weight, as in backprop. fastdfa.convert makes fastdfa's of torch's",
+            stacklevel=3,
+        )
+
+
+def _check_scale(scale: object) -> None:
+    if isinstance(scale, str):
+        if scale not in SCALES:
+            raise ValueError(f"scale must be a number or one of {', '.join(SCALES)}, got {scale!r}")
+        return
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or a name, got {type(scale).__name__}")
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be positive and finite, got {scale}")

@@ -1,0 +1,85 @@
+"""What the modules that wrap a network share: the seed of its feedback, and names of its layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import capture
+
+# Prefixes that wrappers add to names; B must not depend on them.
+_WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+class Root(nn.Module):
+    """Wraps `module`; `seed`, a buffer, is the one source of randomness of its feedback.
+
+    Raises:
+        TypeError, ValueError: for what is no module, or holds a root already.
+    """
+
+    seed: Tensor
+    # Copies and pickles carry the seed and the rule; what `_reset` can make again is left out.
+    made_again: tuple[str, ...] = ("_seed_version",)
+
+    def __init__(self, module: nn.Module, seed: int | None) -> None:
+        super().__init__()
+        _check_module(module)
+        self.module = module
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, ()))
+        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
+        self._key = seed
+
+    def _reset(self) -> None:
+        """Ends the construction, and that of a copy."""
+        self._seed_version: tuple[Tensor, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in self.made_again}
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        super().__setstate__(attributes)
+        self._reset()
+
+    def read_seed(self) -> int:
+        return self._read_seed(self._key)
+
+    @torch.compiler.assume_constant_result
+    def _read_seed(self, key: int) -> int:
+        """The seed, read from the buffer only when that was written: loaded, broadcast, moved.
+
+        `key` is what was read last: as an argument it guards a compiled step.
+        """
+        seen = self._seed_version
+        written = seen is None or seen[0] is not self.seed or seen[1] != self.seed._version
+        if written and not self.seed.is_meta:
+            capture.refuse(capture.MADE_BEFORE.format("read its seed"))
+            self._key = int(self.seed)
+            self._seed_version = (self.seed, self.seed._version)
+        return self._key
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.read_seed()
+
+
+def names_in(module: nn.Module) -> dict[nn.Module, str]:
+    """The name of every module inside, as if nothing was compiled, checkpointed or sharded."""
+    names: dict[nn.Module, str] = {}
+    for name, inner in module.named_modules():
+        for prefix in _WRAPPER_PREFIXES:
+            name = name.replace(prefix, "")
+        names[inner] = name
+    return names
+
+
+def _check_module(module: nn.Module) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    for name, inner in module.named_modules():
+        if isinstance(inner, Root):
+            kind = type(inner).__name__
+            raise ValueError(f"module must hold no {kind}, got one at {name or 'its top'!r}")

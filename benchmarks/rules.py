@@ -22,6 +22,7 @@ class Rule:
         learns: how B learns; "" where it does not.
         rate: of plain SGD for B; None: B is trained with the weights.
         projected: by a simulated optical processor.
+        by_layers: a rule of `LayerFeedback`, in place of a DFA.
     """
 
     label: str
@@ -30,6 +31,7 @@ class Rule:
     learns: str = ""
     rate: float | None = None
     projected: bool = False
+    by_layers: str = ""
 
 
 RULES: dict[str, Rule] = {
@@ -51,6 +53,10 @@ RULES: dict[str, Rule] = {
     "forward-gradient": Rule(
         "B by forward gradients", "2212.07282", learns="forward_gradient", rate=0.05
     ),
+    "fa": Rule("FA, layer by layer", "1411.0247", by_layers="fa"),
+    "usf": Rule("uSF, layer by layer", "1510.05067", by_layers="usf"),
+    "frsf": Rule("frSF, layer by layer", "1510.05067", by_layers="frsf"),
+    "brsf": Rule("brSF, layer by layer", "1510.05067", by_layers="brsf"),
 }  # fmt: skip
 
 
@@ -59,11 +65,14 @@ class Learning:
 
     def __init__(self, rule: Rule, network: nn.Module, feedback: fastdfa.Feedback, x: Tensor):
         """`x`: a batch, to know the sizes."""
+        self.rule = rule
+        self.optimizer: torch.optim.Optimizer | None = None
+        if rule.by_layers:
+            self.model = fastdfa.LayerFeedback(network, rule.by_layers, seed=feedback.seed)
+            return
         projector = OpticalProcessor(widest(network), noise=0.1) if rule.projected else None
         feedback = replace(feedback, **rule.feedback)
-        self.rule = rule
         self.model = fastdfa.DFA(network, feedback, projector=projector)
-        self.optimizer: torch.optim.Optimizer | None = None
         if rule.learns:
             self.model(x)
             learnt = self.model.learn_feedback(rule.learns)
@@ -78,7 +87,7 @@ class Learning:
 
     def give(self, y: Tensor) -> None:
         """The target of the pass that follows, where the signal reads it."""
-        if self.model.feedback.sends.needs_target:
+        if not self.rule.by_layers and self.model.feedback.sends.needs_target:
             self.model.target = y
 
     def update(self, x: Tensor) -> None:

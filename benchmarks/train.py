@@ -9,7 +9,7 @@ Both start from the same weights and see the same batches with the same dropout;
 turns, an epoch each, so that whatever else the machine does slows both. The backprop network is
 made of plain torch.nn modules. `--methods dfa,bp,top,block` also trains, by backprop, the last
 layer alone, and the last block (or hidden layer) with it, on top of what is frozen as it was
-initialised. `--rules all` trains by backprop, DFA and every rule of rules.py, or by those named.
+initialised. `--rules all` trains by backprop, the last layer alone, DFA and all of rules.py.
 A run leaves in OUT/NAME:
 
     results.json    options, machine, versions, every epoch, summary
@@ -265,7 +265,7 @@ def by_rules(given):
     if "methods" in given or given.get("model", "mlp") != "mlp":
         raise UsageError("--rules goes with --model mlp, and without --methods")
     try:
-        return {"methods": ["bp", "dfa", *rules.chosen(names)]}
+        return {"methods": ["bp", "top", "dfa", *rules.chosen(names)]}
     except ValueError as error:
         raise UsageError(f"argument --rules: {error}") from None
 
@@ -408,7 +408,7 @@ class Learner:
             "test_accuracy": (logits.argmax(-1) == y)[y != IGNORED].double().mean().item(),
             "test_loss": cross_entropy(logits, y).item(),
         }
-        fed = isinstance(self.model, fastdfa.DFA)
+        fed = isinstance(self.model, (fastdfa.DFA, fastdfa.LayerFeedback))
         if fed and math.isfinite(scores["test_loss"]):  # else it has none
             scores["alignment"] = self.alignment()
         return scores

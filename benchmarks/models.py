@@ -172,4 +172,68 @@ class GCN(nn.Module):
         return h
 
 
-MODELS = {"mlp": mlp, "cnn": cnn, "resnet20": resnet20, "transformer": Transformer, "gcn": GCN}
+STEPS = 10  # of time, in the spiking network
+LEAK = 0.9  # what a membrane keeps of its potential in a step
+SHARPNESS = 2.0  # of the gate round the threshold
+
+
+def spike(v):
+    return v > 0
+
+
+def spike_gate(v):
+    """The derivative of a fast sigmoid, in the place of that of a step (arXiv 1705.11146)."""
+    return (1 + SHARPNESS * v.abs()) ** -2
+
+
+class LeakyIntegrateAndFire(nn.Module):
+    """u_t = LEAK u_{t-1} + a_t, and a spike where u_t > 1, which takes 1 off u_t.
+
+    [N, STEPS, n] currents a -> spikes of 0 and 1; of [N, n], constant in time. Gradients go back
+    through time along the leak alone, as a reset has none (arXiv 1901.09948).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.spike = fastdfa.Surrogate(spike, spike_gate)
+
+    def forward(self, current):
+        if current.dim() == 2:
+            current = current.unsqueeze(1).expand(-1, STEPS, -1)
+        u, spikes = 0, []
+        for a in current.unbind(1):
+            u = LEAK * u + a
+            spikes.append(self.spike(u - 1))
+            u = u - spikes[-1].detach()
+        return torch.stack(spikes, 1)
+
+
+class Rate(nn.Module):
+    """Spikes [N, STEPS, n] -> how many a step, [N, n]."""
+
+    def forward(self, spikes):
+        return spikes.mean(1)
+
+
+def spiking(config, data, dfa):
+    """`depth` layers of `width` spiking neurons, of which the head reads the rates.
+
+    Cut between the layers, each trained inside through time. For DFA that is augmented DFA
+    (arXiv 2204.13991), for backprop, backprop through time with the same surrogate gradient.
+    """
+    widths = [math.prod(data.shape)] + [config.width] * config.depth
+    layers = [nn.Flatten(), *dropout(config.input_dropout)]
+    for n_in, n_out in pairwise(widths):
+        layers += [nn.Linear(n_in, n_out), LeakyIntegrateAndFire(), point(dfa, features=-1)]
+    layers[-1] = Rate()
+    return nn.Sequential(*layers, head(dfa, config.width, data.classes))
+
+
+MODELS = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "resnet20": resnet20,
+    "transformer": Transformer,
+    "gcn": GCN,
+    "spiking": spiking,
+}

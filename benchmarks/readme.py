@@ -252,6 +252,8 @@ TRAINED = [
     ("train-resnet20", "CIFAR-10, ResNet-20", "accuracy", "67.8% / 90.0%"),
     ("train-gcn", "Cora, GCN", "accuracy", "close to each other"),
     ("train-transformer", "Shakespeare, transformer", "loss", "-"),
+    ("train-spiking-digits", "digits, spiking", "error", "-"),
+    ("train-spiking", "MNIST, spiking", "error", "-"),
 ]
 FIGURE: dict[str, Callable[[dict[str, Any]], float]] = {
     "error": lambda scores: 100 - 100 * scores["test_accuracy"],

@@ -3,6 +3,7 @@
     python benchmarks/train.py                                # scikit-learn's digits, no download
     python benchmarks/train.py --dataset mnist --data DIR     # also fashion-mnist, cifar10
     python benchmarks/train.py --model cnn --data DIR         # also resnet20, transformer, gcn
+    python benchmarks/train.py --model spiking                # digits, or any other images
     python benchmarks/train.py --resume runs/mnist            # go on after Ctrl-C
 
 Both start from the same weights and see the same batches with the same dropout; they train in
@@ -89,6 +90,7 @@ TAKES = {
     "resnet20": ("cifar10", "mnist", "fashion-mnist", "digits"),
     "transformer": ("shakespeare",),
     "gcn": ("cora",),
+    "spiking": IMAGES,
 }
 # Chosen for DFA; backprop trains with the same. The figures given here are of data held out of the
 # training set (--validate), never of the test set.
@@ -115,6 +117,9 @@ RECIPES = {
     # 79.5. No dropout of the input: with it backprop reached 78.7, in five times the time.
     "gcn": {"width": 64, "depth": 2, "epochs": 200, "batch": 1, "lr": 1e-2, "weight_decay": 5e-4,
             "dropout": 0.5, "activation": "relu", "feedback_scale": 1.0},
+    # DFA's accuracy on 6,000 held-out images of MNIST, after 4 epochs: lr 5e-4 97.3%, 1e-3 97.6%,
+    # 2e-3 97.8%; nothing else was tried. Six epochs are for the sake of time.
+    "spiking": {"width": 512, "depth": 2, "epochs": 6, "batch": 128, "lr": 2e-3},
 }  # fmt: skip
 # Of one data set, over the model's.
 DATASET_RECIPES = {
@@ -124,6 +129,7 @@ DATASET_RECIPES = {
     # (20); dropout between the layers did not help. The recipe trains on all 60,000.
     ("mlp", "mnist"): {"depth": 2, "input_dropout": 0.3},
     ("mlp", "fashion-mnist"): {"depth": 2, "input_dropout": 0.3},
+    ("spiking", "digits"): {"epochs": 30, "batch": 64},
 }
 
 

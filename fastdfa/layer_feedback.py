@@ -198,7 +198,7 @@ class LayerFeedback(Root):
 
     def _reset(self) -> None:
         super()._reset()
-        self._names: dict[nn.Module, str] = {}
+        self._names = names_in(self.module)
         self._matrices: dict[tuple[Any, ...], Tensor] = {}
 
 

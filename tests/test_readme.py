@@ -104,6 +104,6 @@ def test_the_examples_run():
 
 def test_the_rules_run():
     names = run("docs/rules.md")
-    for name in ["binary", "fa"]:
+    for name in ["binary", "fa", "spiking"]:
         for parameter in names[name].parameters():
             assert parameter.grad.abs().sum() > 0, name

@@ -371,6 +371,7 @@ SMALL = {
     "resnet20": ["--dataset=digits", "--width=2"],
     "transformer": ["--width=32", "--depth=2", "--batch=16"],
     "gcn": ["--width=4"],
+    "spiking": ["--dataset=digits", "--width=16"],
 }
 
 
@@ -393,6 +394,7 @@ TOPS = {
     "cnn": (["9"], ["11"]),
     "resnet20": (["20"], ["24"]),
     "transformer": (["blocks.1"], ["head"]),
+    "spiking": (["4"], ["7"]),
 }
 
 
@@ -438,6 +440,48 @@ def test_feedback_reaches_the_neighbours(tmp_path):
     fed = a.T @ logits.grad @ learner.model.feedback_matrix("layers.1")
     expected = (a.T @ (fed * (1 - h**2))).T @ x
     assert torch.allclose(first.weight.grad, expected)
+
+
+def potentials(current):
+    """Of leaky integrate-and-fire neurons, less the threshold of 1, and their spikes."""
+    u, found = torch.zeros_like(current[:, 0]), []
+    for t in range(current.shape[1]):
+        u = 0.9 * u + current[:, t]
+        found.append((u - 1, (u > 1).double()))
+        u = u - found[-1][1]
+    return [torch.stack(each, 1) for each in zip(*found, strict=True)]
+
+
+def through_time(fed, v):
+    """The gradients of the currents, from those of the spikes: back along the leak."""
+    delta, later = torch.zeros_like(v), 0
+    for t in reversed(range(v.shape[1])):
+        later = delta[:, t] = fed[:, t] / (1 + 2 * v[:, t].abs()) ** 2 + 0.9 * later
+    return delta
+
+
+def test_spiking_by_the_formulas():
+    """Augmented DFA between the layers, through time inside each."""
+    config, *_ = train.options(["--model=spiking", "--dtype=float64", "--width=12"])
+    loaded = train.on_device(data.load("digits"), config)
+    learner = train.Learner("dfa", config, loaded)
+    x, y = loaded.train_x[:7], loaded.train_y[:7]
+    learner.loss(x, y).backward()
+    first, second, head = (learner.model.module[i] for i in (1, 4, 7))
+    h = x.flatten(1)
+    v1, s1 = potentials((h @ first.weight.T + first.bias)[:, None].expand(-1, 10, -1).detach())
+    v2, s2 = potentials((s1 @ second.weight.T + second.bias).detach())
+    assert 0 < s1.mean() < 1 and 0 < s2.mean() < 1
+    rates = s2.mean(1)
+    logits = (rates @ head.weight.T + head.bias).detach().requires_grad_()
+    train.cross_entropy(logits, y).backward()
+    e = logits.grad
+    fed1 = (e @ learner.model.feedback_matrix("3") / 10**0.5)[:, None].expand_as(s1)
+    fed2 = (e @ learner.model.feedback_matrix("7") / 10)[:, None].expand_as(s2)
+    d1, d2 = through_time(fed1, v1), through_time(fed2, v2)
+    assert torch.allclose(first.weight.grad, d1.sum(1).T @ h)
+    assert torch.allclose(second.weight.grad, d2.flatten(0, 1).T @ s1.flatten(0, 1))
+    assert torch.allclose(head.weight.grad, e.T @ rates)
 
 
 def test_seeds(tmp_path, capsys):

@@ -14,6 +14,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import paper_report
+import rules
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -421,6 +422,35 @@ def memory_cuda() -> str:
     return memory_table(results, f"{facts}, {machine['date']}")
 
 
+def family() -> str:
+    """Every rule on MNIST, one network and one budget."""
+    if not measured("rules-mnist"):
+        return "Rules beside each other: not measured yet."
+    results = read("rules-mnist")
+    options, methods = results["options"], results["summary"]["methods"]
+    rows = []
+    for method, each in methods.items():
+        rule = rules.RULES.get(method)
+        name, source, published = {
+            "bp": ("backprop", "-", "0.91% (BioTorch)"), "top": ("last layer alone", "-", "-"),
+            "dfa": ("**DFA**", "1609.01596", "1.61% (BioTorch)"),
+        }.get(method) or (rule.label, rule.source or "-", rule.published or "-")  # fmt: skip
+        ratio = 1.0 if method == "dfa" else each.get("to_dfa")
+        if method == "bp":
+            ratio = results["summary"]["speed_against_backprop"]
+        cosines = ", ".join(f"{cosine:.2f}" for cosine in each["alignment"] or []) or "-"
+        rows.append(
+            [name, source, f"{1 - each['test_accuracy']:.2%}", published, cosines,
+             "-" if ratio is None else f"{ratio:.2f}", f"{each['peak_mib']:.1f}"]
+        )  # fmt: skip
+    head = ["rule", "arXiv", "test error", "published", "cosine", "step, DFA = 1", "peak MiB"]
+    return (
+        f"MNIST, {options['depth']} hidden layers of {options['width']} {options['activation']}, "
+        f"{options['epochs']} epochs, one seed, the same recipe for all "
+        f"({where(results['machine'])}):\n\n{table(head, rows)}"
+    )
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "step": step,
     "dtypes": dtypes,
@@ -432,6 +462,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "overhead": overhead,
     "kinds": kinds,
     "train": train,
+    "family": family,
     "step-cuda": step_cuda,
     "kernels-cuda": kernels_cuda,
     "kinds-cuda": kinds_cuda,

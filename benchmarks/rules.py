@@ -54,10 +54,10 @@ RULES: dict[str, Rule] = {
     "forward-gradient": Rule(
         "B by forward gradients", "2212.07282", learns="forward_gradient", rate=0.05
     ),
-    "fa": Rule("FA, layer by layer", "1411.0247", by_layers="fa", published="1.7% (BioTorch)"),
-    "usf": Rule("uSF, layer by layer", "1510.05067", by_layers="usf", published="0.94% (BioTorch)"),
-    "frsf": Rule("frSF, layer by layer", "1510.05067", by_layers="frsf", published="0.97% (BioTorch)"),
-    "brsf": Rule("brSF, layer by layer", "1510.05067", by_layers="brsf", published="0.91% (BioTorch)"),
+    "fa": Rule("FA, layer by layer", "1411.0247", by_layers="fa", published="1.7%"),
+    "usf": Rule("uSF, layer by layer", "1510.05067", by_layers="usf", published="0.94%"),
+    "frsf": Rule("frSF, layer by layer", "1510.05067", by_layers="frsf", published="0.97%"),
+    "brsf": Rule("brSF, layer by layer", "1510.05067", by_layers="brsf", published="0.91%"),
 }  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def widens(*matrices: Tensor) -> bool:
     """Whether products of these are made of copies in float32, and then rounded.
 
     Those of float16 on an x86 processor without instructions for it: with torch's products a step
-    of 4x1024, batch 128, took 179 ms there (two Zen 4 cores), and so 19; 12 in float32.
+    of 4x1024, batch 128, took 179 ms there (two Zen 4 cores), and so 15 to 20; 12 in float32.
     """
     if torch.compiler.is_compiling():
         return False

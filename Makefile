@@ -42,6 +42,8 @@ bench: $(STAMP).built ## time and memory: of a step, its growth, kinds of networ
 	$(PY) benchmarks/memory.py $(ARGS)
 	$(PY) benchmarks/kernels.py $(ARGS)
 	$(PY) benchmarks/one_core.py $(ARGS)
+	$(PY) benchmarks/low_precision.py steps $(ARGS)
+	$(PY) benchmarks/low_precision.py float16 $(ARGS)
 
 accuracy: $(STAMP).built ## seconds to an accuracy, by DFA and by backprop: ARGS="--data DIR"
 	$(PY) benchmarks/time_to_accuracy.py mnist $(ARGS)

@@ -211,6 +211,69 @@ def overhead() -> str:
     return f"({where(results['machine'])}):\n\n{table(['a step', *head], rows)}"
 
 
+# Sides of low_precision.py, and what to call them.
+INT8 = {
+    "ops, bfloat16": "the ops, bfloat16",
+    "int8": "**int8**",
+    "int8, product alone": "int8, roundings free",
+}
+
+
+def int8_steps() -> str:
+    """Speed of a step with int8 weight gradients, beside bfloat16 by the same ops."""
+    results = read("low-precision-steps")
+    names = ["backprop, bfloat16", "fastdfa, bfloat16", *INT8]
+    rows = []
+    for row in results["rows"]:
+        ratios = row["to_float32"]
+        narrow = ratios["ops, bfloat16"]["median"]
+        gains = [times(narrow / ratios[name]["median"]) for name in list(INT8)[1:]]
+        rows.append([row["case"], *[median(ratios, name, inverse) for name in names], *gains])
+    head = ["hidden layers x width / batch", "backprop, bfloat16", "fastdfa, bfloat16"]
+    head += [*INT8.values(), "**int8 over bfloat16**", "roundings free"]
+    return (
+        "Speed of a training step, fastdfa in float32 = 1; in the last two columns the ops in "
+        f"bfloat16 = 1 (784 inputs, 10 classes; {where(results['machine'])}):\n\n"
+        f"{table(head, rows)}"
+    )
+
+
+def float16_steps() -> str:
+    """Milliseconds and peak memory of a step under float16 autocast."""
+    results = read("low-precision-float16")
+    names = ["backprop, float32", "fastdfa, float32", "backprop, float16"]
+    names += ["fastdfa, float16 by torch", "fastdfa, float16"]
+    rows = [
+        [
+            row["case"],
+            *[median(row["milliseconds"], name, "{:.1f}".format) for name in names],
+            *[f"{row['peak_mib'][name]:.1f}" for name in names[3:]],
+        ]
+        for row in results["rows"]
+    ]
+    head = ["hidden layers x width / batch", "backprop, float32, ms", "fastdfa, float32"]
+    head += ["backprop, float16", "fastdfa, torch's float16", "**fastdfa, float16**"]
+    head += ["peak MiB, torch's float16", "**fastdfa**"]
+    return f"({where(results['machine'])}):\n\n{table(head, rows)}"
+
+
+def int8_accuracy() -> str:
+    """Test errors of networks trained with int8 weight gradients."""
+    if not measured("low-precision-accuracy"):
+        return "Accuracy with int8 weight gradients: no tracked result yet."
+    rows = [
+        [
+            f"{row['dataset']}, {'-'.join(map(str, row['widths']))}, {row['epochs']} epochs",
+            row["scheme"],
+            ", ".join(f"{error:.2f}%" for error in row["errors"]),
+            f"{row['difference']:.1%}",
+        ]
+        for row in read("low-precision-accuracy")["rows"]
+    ]
+    head = ["network", "weight gradients", "test error of each seed", "gradients off by"]
+    return table(head, rows)
+
+
 def kinds_table(results: dict[str, Any]) -> str:
     """Speed of a step of every kind of network beside its bound."""
     names = ["limit", "backprop compiled", "fastdfa compiled", "fastdfa, torch.mm", "fastdfa"]
@@ -460,6 +523,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "products": products,
     "overhead": overhead,
+    "float16": float16_steps,
+    "int8-steps": int8_steps,
+    "int8-accuracy": int8_accuracy,
     "kinds": kinds,
     "train": train,
     "family": family,

@@ -226,16 +226,63 @@ def test_the_numbers_do_not_depend_on_the_threads(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
-def test_half_precision_goes_to_torch():
-    """bfloat16 and float16 are multiplied by torch, and biased and activated by the kernels."""
-    weights, biases, kinds, params = layers([20, 30, 10], ["tanh", "relu"])
-    for dtype in (torch.bfloat16, torch.float16):
-        x, narrow = randn(9, 20).to(dtype), [w.to(dtype) for w in weights]
-        got = ops.linear_chain(x, narrow, [b.float() for b in biases], kinds, params)
-        expected = by_hand(x, narrow, biases, ["tanh", "relu"])
-        assert_close(dict(enumerate(got)), dict(enumerate(expected)), 2e-2)
-        (grad,) = ops.weight_gradients([got[0]], [x])
-        assert_close(grad, got[0].double().T @ x.double(), 2e-2)
+@pytest.mark.parametrize("dtype, instructions, products", [
+    (torch.bfloat16, False, 3), (torch.float16, True, 3), (torch.float16, False, 0),
+])  # fmt: skip
+def test_half_precision(library, monkeypatch, dtype, instructions, products):
+    """Multiplied by torch, but float16 in float32 where the processor has no products of it."""
+    monkeypatch.setattr(gemm, "_has_float16_products", lambda: instructions)
+    names, tolerance = ["tanh", "relu"], 2 * torch.finfo(dtype).eps
+    weights, biases, kinds, params = layers([20, 30, 10], names)
+    x, narrow = randn(9, 20).to(dtype), [w.to(dtype) for w in weights]
+    for wide in (True, False):  # the dtype of the biases
+        some = [b.float() if wide else b.to(dtype) for b in biases]
+        with HalfProducts() as made:
+            got = ops.linear_chain(x, narrow, some, kinds, params)
+            (grad,) = ops.weight_gradients([got[0]], [x])
+        assert made.count == products
+        assert all(h.dtype == dtype and h.is_contiguous() for h in (*got, grad))
+        assert_close(
+            dict(enumerate(got)), dict(enumerate(by_hand(x, narrow, some, names))), tolerance
+        )
+        assert_close(grad, got[0].double().T @ x.double(), tolerance)
+
+
+class HalfProducts(TorchDispatchMode):
+    """Counts torch's matrix products of 16 bits."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op.overloadpacket is torch.ops.aten.mm and args[0].itemsize == 2
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("instructions, products", [(True, 3), (False, 1)])
+def test_a_step_under_float16_autocast(library, monkeypatch, instructions, products):
+    """As a chain and, from the second pass on, as a network: the head alone is left to torch."""
+    monkeypatch.setattr(gemm, "_has_float16_products", lambda: instructions)
+    model = mlp([16, 33, 24, 3], "tanh", dtype=torch.float32)
+    x, g = randn(20, 16).float(), randn(20, 3).float()
+    for one_node in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            y = model(x)
+        assert y.dtype == torch.float16
+        assert (y.grad_fn.name() == "_NetworkBackward") == one_node
+        with HalfProducts() as made:
+            (y.float() * g).sum().backward()
+        assert made.count == products
+        assert_close(gradients(model), expected_gradients(model, x, g), 3e-3)
+
+
+def test_float16_beside_another_dtype_is_refused(monkeypatch):
+    monkeypatch.setattr(gemm, "_has_float16_products", lambda: False)
+    x, weight = torch.randn(7, 5).half(), torch.randn(3, 5)
+    with pytest.raises(RuntimeError, match=r"[Hh]alf"):
+        ops.linear_chain(x, [weight], [None], [0], [0.0])
+    with pytest.raises(RuntimeError, match=r"[Hh]alf"):
+        ops.weight_gradients([x], [torch.randn(7, 3)])
 
 
 def test_flops_of_a_step_are_the_same(library):
@@ -311,6 +358,13 @@ def test_shapes_that_do_not_fit_are_named(library):
         ops.linear_chain(torch.randn(7, 5), [torch.randn(3, 6)], [None], [0], [0.0])
     with pytest.raises(RuntimeError, match=r"(5x7 and 8x6)|(7 rows)"):
         ops.weight_gradients([torch.randn(7, 5)], [torch.randn(8, 6)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_lists_of_other_lengths_are_refused(library, dtype):
+    x = torch.randn(7, 5, dtype=dtype)
+    with pytest.raises(ValueError, match="inputs must be as many as the 2 deltas, got 1"):
+        ops.weight_gradients([x, x], [x])
 
 
 def test_the_library_in_use_is_named():

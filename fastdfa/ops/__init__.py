@@ -223,6 +223,13 @@ def linear_chain(
         _check_kinds(kinds, params, KINDS[:FIRST_KIND_FROM_INPUT])
         return torch.ops.fastdfa.linear_chain(x, weights, biases, kinds, params)
     outputs = []
+    if gemm.widens(x, *weights):
+        for weight, bias, kind, param in zip(weights, biases, kinds, params, strict=True):
+            wide = bias.float() if bias is not None and bias.dtype == x.dtype else bias
+            (h,) = linear_chain(x.float(), [weight.float()], [wide], [kind], [param])
+            x = h.to(x.dtype)
+            outputs.append(x)
+        return outputs
     with torch.no_grad():
         memory = gemm.memory_of_outputs(x, weights)
         for out, *layer in zip(memory, weights, biases, kinds, params, strict=True):
@@ -243,8 +250,14 @@ def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list
     Raises:
         ValueError, TypeError, RuntimeError: where shapes, lengths, dtypes or devices do not fit.
     """
+    if len(deltas) != len(inputs):
+        raise ValueError(f"inputs must be as many as the {len(deltas)} deltas, got {len(inputs)}")
     if deltas and gemm.multiplies(deltas[0]):
         return torch.ops.fastdfa.weight_gradients(deltas, inputs)
+    if deltas and gemm.widens(*deltas, *inputs):
+        # One by one, as copies of a group would take half of a step's memory more.
+        pairs = zip(deltas, inputs, strict=True)
+        return [weight_gradients([d.float()], [x.float()])[0].to(d.dtype) for d, x in pairs]
     if torch.compiler.is_compiling():  # a traced call knows no addresses
         return reference.weight_gradients(deltas, inputs)
     return gemm.weight_gradients(deltas, inputs)

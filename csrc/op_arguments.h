@@ -439,9 +439,16 @@ inline Tensor with_a_unit_stride(const Tensor& t) {
 inline void check_gemm_operand(const OpCall& call, const std::string& name, const Tensor& t,
                                ScalarType type) {
   call.check_matrix(name, t);
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, call.op, ": ", name,
-                  " must be float32 or float64, got dtype ", torch::headeronly::toString(type));
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16,
+      call.op, ": ", name, " must be float32, float64 or bfloat16, got dtype ",
+      torch::headeronly::toString(type));
   call.check_dtype(name, t, type);
+}
+
+// Of weights, biases and gradients.
+inline ScalarType wide_type(ScalarType type) {
+  return type == ScalarType::BFloat16 ? ScalarType::Float : type;
 }
 
 inline void set_a(GemmProblem& g, const Tensor& a) {
@@ -497,11 +504,11 @@ class LinearChainWork {
     int64_t inputs = input.size(1);
     for (size_t l = 0; l < layers; ++l) {
       const std::string name = element("weights", l);
-      check_gemm_operand(call, name, weights[l], type);
+      check_gemm_operand(call, name, weights[l], wide_type(type));
       STD_TORCH_CHECK(weights[l].size(1) == inputs, call.op, ": ", name, " must have ", inputs,
                       " columns, as its input has, got shape ", text(weights[l]));
       inputs = weights[l].size(0);
-      if (biases[l]) check_bias(call, element("biases", l), *biases[l], inputs, type);
+      if (biases[l]) check_bias(call, element("biases", l), *biases[l], inputs, wide_type(type));
       STD_TORCH_CHECK(derivative_from_output(call.activation_of(kinds[l])), call.op,
                       ": kind must be one whose derivative is a function of the output (0 .. 6), "
                       "got ",
@@ -536,7 +543,7 @@ class WeightGradientsWork {
       set_a_transposed(g, d);
       g.b = x.data_ptr(), g.b_row = x.stride(0), g.b_column = x.stride(1);
       g.columns = g.c_row = x.size(1);
-      results.push_back(call.empty({g.rows, g.columns}, d.scalar_type()));
+      results.push_back(call.empty({g.rows, g.columns}, wide_type(d.scalar_type())));
       g.c = results.back().data_ptr();
       problems.push_back(g);
     }

@@ -22,13 +22,15 @@ STABLE_TORCH_LIBRARY(fastdfa, m) {
   // x [*, n] = f(x + bias [n]).
   m.def("activate_(Tensor(a!) x, Tensor? bias, int kind, float param) -> ()");
 
-  // CPU, float32 and float64. x [M, n_0], weights: L x [n_l, n_{l-1}], biases: L x [n_l] or None.
+  // CPU, float32 and float64; with AVX-512 BF16 bfloat16, weights and biases in float32. x [M,
+  // n_0], weights: L x [n_l, n_{l-1}], biases: L x [n_l] or None.
   // -> L x h_l [M, n_l] = f_l(h_{l-1} weights[l]^T + biases[l]), h_0 = x.
   m.def(
       "linear_chain(Tensor x, Tensor[] weights, Tensor?[] biases, int[] kinds, float[] params) "
       "-> Tensor[]");
 
-  // CPU, float32 and float64. deltas: L x [M, n_l], inputs: L x [M, k_l].
+  // CPU, the same dtypes; of bfloat16 the result is float32. deltas: L x [M, n_l], inputs:
+  // L x [M, k_l].
   // -> L x [n_l, k_l] = deltas[l]^T inputs[l].
   m.def("weight_gradients(Tensor[] deltas, Tensor[] inputs) -> Tensor[]");
 }

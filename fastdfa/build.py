@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,23 @@ def available(device_type: str) -> bool:
     return device_type in _loaded
 
 
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the kernels of the CPU multiply bfloat16: on processors with AVX-512 BF16."""
+    return available("cpu") and bool(_facts().get("bfloat16_products"))
+
+
 def build_info() -> dict[str, Any]:
     """What runs and how it was built.
 
     Returns a dict:
         fastdfa, torch, python: the running versions.
         matrix_products: what multiplies float32 and float64 matrices in the fused layers on the
-            CPU, "fastdfa" or "torch".
+            CPU, "fastdfa" or "torch"; bfloat16 with it where `bfloat16_products`.
         kernels: the device types that compiled kernels serve.
         fallback: device type -> why plain PyTorch runs there instead.
         cpu_capability: the instruction set in use ("baseline", "avx2", "avx512").
+        bfloat16_products: whether this processor multiplies bfloat16 (AVX-512 BF16).
         cpu_capabilities: each one compiled in -> its compiler flags.
         compiler, build_type, flags: of the C++ library.
         torch_target, torch_built_against: the oldest PyTorch it loads on; whose headers it used.

@@ -18,7 +18,14 @@ from torch.autograd.graph import Node
 from . import ops, plan
 from .activations import Gate, gate_of
 from .broadcast import Group, products
-from .fused import LINEAR, as_matrix, autocast_dtype, in_dtype, saved_tensor_hooks_active
+from .fused import (
+    LinearMap,
+    as_matrix,
+    in_dtype,
+    in_dtype_of_autocast,
+    map_of,
+    saved_tensor_hooks_active,
+)
 from .tape import Chain, Edge, state
 
 
@@ -99,12 +106,6 @@ def ready(layer: nn.Module) -> tuple[Tensor | None, Gate | None]:
     return weight, gate if gate is not None and gate.from_output else None
 
 
-def in_dtype_of_autocast(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Input and weights as autocast would cast them for `F.linear`."""
-    dtype = autocast_dtype(x)
-    return (x, weights) if dtype is None else (x.to(dtype), [w.to(dtype) for w in weights])
-
-
 def _compute(layers: list[nn.Module], gates: list[Gate], x: Tensor) -> Chain:
     weights = [layer._parameters["weight"] for layer in layers]
     biases = [layer._parameters.get("bias") for layer in layers]
@@ -114,8 +115,9 @@ def _compute(layers: list[nn.Module], gates: list[Gate], x: Tensor) -> Chain:
         saved = ops.linear_chain(as_matrix(x), weights, biases, kinds, params)
         if x.dim() != 2:
             saved = [h.view(*x.shape[:-1], h.shape[1]) for h in saved]
-    chain = Chain(layers, gates, [x, *saved[:-1]], weights, biases, saved, LINEAR)
-    results = _ActivatedChain.apply(x, saved, gates, chain.fed, *weights, *biases)
+    affine = map_of(x, weights[0])
+    chain = Chain(layers, gates, [x, *saved[:-1]], weights, biases, saved, affine)
+    results = _ActivatedChain.apply(x, saved, gates, affine, chain.fed, *weights, *biases)
     *chain.outputs, chain.token = results
     return chain
 
@@ -127,6 +129,7 @@ Projection = tuple[Group, list[Tensor], Tensor]
 def gradients(
     projection: Projection | None,
     gates: Sequence[Gate],
+    affine: LinearMap,
     x: Tensor,
     hidden: list[Tensor],
     grads: Sequence[Tensor | None],
@@ -135,6 +138,7 @@ def gradients(
 
     Args:
         projection: of its first layers, which are fed.
+        affine: of all layers.
         gates, grads: of each layer, where its output may receive a gradient besides.
         x, hidden: its input and the outputs of its layers. `hidden` is emptied from the top, as
             layers are done, so that their memory is free for the gradients.
@@ -153,7 +157,7 @@ def gradients(
         made: list[Tensor | None] = [None] * len(saved)
         trained = [i for i, d in enumerate(deltas) if d is not None]
         columns = ([values[i] for i in trained] for values in (deltas, saved, inputs))
-        for i, grad in zip(trained, LINEAR.weight_gradients(*columns), strict=True):
+        for i, grad in zip(trained, affine.weight_gradients(*columns), strict=True):
             made[i] = grad
         weights, sums = made + weights, totals + sums
     return weights, sums
@@ -194,10 +198,10 @@ class _ActivatedChain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, saved, gates, fed, *parameters):
+    def forward(ctx, x, saved, gates, affine, fed, *parameters):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *saved)
-        ctx.gates, ctx.fed = gates, fed
+        ctx.gates, ctx.affine, ctx.fed = gates, affine, fed
         ctx.bias_dtypes = [None if b is None else b.dtype for b in parameters[len(saved) :]]
         return *[h.view_as(h) for h in saved], x.new_empty(())
 
@@ -208,12 +212,12 @@ class _ActivatedChain(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()
         *grads, announced = grads
         projection = None if announced is None else ctx.fed[0].projection
-        weights, sums = gradients(projection, ctx.gates, x, hidden, grads)
+        weights, sums = gradients(projection, ctx.gates, ctx.affine, x, hidden, grads)
         biases = [
             None if total is None or dtype is None else in_dtype(total, dtype)
             for total, dtype in zip(sums, ctx.bias_dtypes, strict=True)
         ]
-        return None, None, None, None, *weights, *biases
+        return None, None, None, None, None, *weights, *biases
 
     def functions_of(self, output: int) -> tuple[Edge, ...]:
         """The edges behind one output: its weight, and its bias where it has one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import activations, ops
+from . import activations, gemm, ops
 from .activations import Gate
 from .tape import Affine, Fed, LayerRecord, state
 
@@ -17,8 +18,14 @@ if TYPE_CHECKING:
     from .layer_feedback import BackwardWeight
 
 
+@dataclass(frozen=True)
 class LinearMap:
-    """x W^T + b; see `tape.Affine`. An output [*rows, n] is a matrix [M, n] to the kernels."""
+    """x W^T + b; see `tape.Affine`. An output [*rows, n] is a matrix [M, n] to the kernels.
+
+    `wide`: the weight and its gradient are in the accumulation dtype of x (`gemm.multiplies`).
+    """
+
+    wide: bool = False
 
     def activated(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate
@@ -50,13 +57,17 @@ class LinearMap:
     def weight_gradients(
         self, deltas: list[Tensor], saved: list[Tensor], inputs: list[Tensor]
     ) -> list[Tensor]:
-        return ops.weight_gradients(deltas, [as_matrix(x) for x in inputs])
+        return ops.weight_gradients(deltas, [as_matrix(x) for x in inputs], self.wide)
 
     def bias_gradient(self, sums: Tensor, saved: Tensor) -> Tensor:
         return sums
 
 
-LINEAR = LinearMap()
+LINEAR, WIDE_LINEAR = LinearMap(), LinearMap(wide=True)
+
+
+def map_of(x: Tensor, weight: Tensor) -> LinearMap:
+    return LINEAR if x.dtype == weight.dtype else WIDE_LINEAR
 
 
 class _ActivatedLinear(torch.autograd.Function):
@@ -80,7 +91,7 @@ class _ActivatedLinear(torch.autograd.Function):
         _, _, needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         delta, bias_grad = gated(grad, saved, ctx.gate, ctx.fed, LINEAR)
         x_grad = input_gradient(delta, x, weight, ctx.backward_weight) if needs_x else None
-        weight_grad = weight_gradient(delta, x) if needs_weight else None
+        weight_grad = weight_gradient(delta, x, map_of(x, weight)) if needs_weight else None
         bias_grad = bias_grad.to(ctx.bias_dtype) if needs_bias else None
         return None, None, x_grad, weight_grad, bias_grad, None, None, None
 
@@ -89,7 +100,8 @@ def input_gradient(
     delta: Tensor, x: Tensor, weight: Tensor, backward: BackwardWeight | None
 ) -> Tensor:
     """delta W, of the shape of x, or delta B where a rule of feedback has put a B in its place."""
-    return (delta @ (weight if backward is None else backward.of(weight))).view(x.shape)
+    weight = weight if backward is None else backward.of(weight)
+    return (delta @ in_dtype(weight, delta.dtype)).view(x.shape)
 
 
 def gated(
@@ -149,9 +161,9 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)  # `to` would take 1 us to return x itself
 
 
-def weight_gradient(delta: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(delta: Tensor, x: Tensor, linear_map: LinearMap = LINEAR) -> Tensor:
     """dW = delta^T x, [n, k], of delta [M, n] and x [*rows, k]."""
-    return ops.weight_gradients([delta], [as_matrix(x)])[0]
+    return linear_map.weight_gradients([delta], [], [x])[0]
 
 
 def activated(
@@ -163,9 +175,9 @@ def activated(
     backward: BackwardWeight | None,
 ) -> Tensor:
     """f(x W + b) for an activation that the kernels know, on the tape where its input is cut."""
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, (weight,) = in_dtype_of_autocast(x, [weight], may_be_wide=affine is LINEAR)
+    if affine is LINEAR:
+        affine = map_of(x, weight)
     with torch.no_grad():
         h, a = affine.activated(x, weight, bias, gate)
     if not torch.is_grad_enabled():
@@ -216,3 +228,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def in_dtype_of_autocast(
+    x: Tensor, weights: list[Tensor], may_be_wide: bool = True
+) -> tuple[Tensor, list[Tensor]]:
+    """Input and weights as autocast would cast them for `F.linear`.
+
+    But weights that the kernels round as they read them stay as they are.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return x, weights
+    x = x.to(dtype)
+    may_be_wide = may_be_wide and all(weight.dtype == torch.float32 for weight in weights)
+    if may_be_wide and gemm.multiplies(x, wide=True):
+        return x, weights
+    return x, [weight.to(dtype) for weight in weights]

@@ -48,12 +48,20 @@ def library() -> str:
     return chosen or ("fastdfa" if _made_by_amd() else "torch")
 
 
-def multiplies(x: Tensor) -> bool:
-    """Whether the kernels of this library multiply matrices like x."""
+def multiplies(x: Tensor, wide: bool = False) -> bool:
+    """Whether the kernels of this library multiply matrices like x.
+
+    `wide`: by weights in x's accumulation dtype, and into gradients in it, as autocast has them. So
+    bfloat16 is multiplied, where the processor can, as no weight and no gradient is cast then: a
+    step is 1.06 to 1.9 times as fast as with torch's products. With weights in bfloat16, where
+    nothing is cast, it took 1.18 times as long at 4x1024, batch 128, and stays torch's.
+    """
     # A compiled step has its products from inductor, which knows `mm` and not these ops.
-    if torch.compiler.is_compiling() or x.dtype not in _DTYPES or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    return library() == "fastdfa"
+    if x.dtype == torch.bfloat16:
+        return wide and library() == "fastdfa" and build.multiplies_bfloat16()
+    return x.dtype in _DTYPES and library() == "fastdfa"
 
 
 def widens(*matrices: Tensor) -> bool:

@@ -18,8 +18,15 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import ops, plan
 from .accumulate import ANCHOR, accumulate, check_alone, unwatched
 from .activations import Gate
-from .chain import gradients, hooked, in_dtype_of_autocast, ready
-from .fused import as_matrix, autocast_dtype, in_dtype, saved_tensor_hooks_active
+from .chain import gradients, hooked, ready
+from .fused import (
+    as_matrix,
+    autocast_dtype,
+    in_dtype,
+    in_dtype_of_autocast,
+    map_of,
+    saved_tensor_hooks_active,
+)
 from .layers import Linear
 
 if TYPE_CHECKING:
@@ -132,13 +139,14 @@ class _Network(torch.autograd.Function):
         kinds, params = zip(*gates, strict=True)
         hidden = ops.linear_chain(as_matrix(x), weights[:-1], biases[:-1], kinds, params)
         # The head as torch does it, so that this pass gives the same bits as one by layers.
-        y = F.linear(hidden[-1], weights[-1], biases[-1])
+        y = F.linear(hidden[-1], in_dtype(weights[-1], hidden[-1].dtype), biases[-1])
         y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
         ctx.set_materialize_grads(False)
         ctx.sender = None if sender is None else sender.checked(y)
         needs_output = sender is not None and sender.signal.needs_output
         ctx.save_for_backward(y if needs_output else None, x, *hidden)
         ctx.feedback, ctx.written = feedback, written
+        ctx.affine = map_of(hidden[-1], weights[0])
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         return y
 
@@ -153,7 +161,7 @@ class _Network(torch.autograd.Function):
         sent = e if ctx.sender is None else ctx.sender.of(e, y)
         group, dense, _ = ctx.feedback
         head = e.t() @ hidden[-1]
-        weights, sums = gradients((group, dense, sent), [], x, hidden, [])
+        weights, sums = gradients((group, dense, sent), [], ctx.affine, x, hidden, [])
         weights.append(head)
         sums.append(None if ctx.bias_dtypes[-1] is None else e.sum(0))
         biases = [

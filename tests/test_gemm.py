@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdfa
-from fastdfa import gemm, ops
+from fastdfa import build, gemm, ops
 from fastdfa.ops import reference
 
 TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-13}
@@ -278,11 +278,79 @@ def test_a_step_under_float16_autocast(library, monkeypatch, instructions, produ
 
 def test_float16_beside_another_dtype_is_refused(monkeypatch):
     monkeypatch.setattr(gemm, "_has_float16_products", lambda: False)
-    x, weight = torch.randn(7, 5).half(), torch.randn(3, 5)
+    x, weight = torch.randn(7, 5).half(), torch.randn(3, 5).double()
     with pytest.raises(RuntimeError, match=r"[Hh]alf"):
         ops.linear_chain(x, [weight], [None], [0], [0.0])
     with pytest.raises(RuntimeError, match=r"[Hh]alf"):
         ops.weight_gradients([x], [torch.randn(7, 3)])
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    not build.multiplies_bfloat16(), reason="needs a processor with AVX-512 BF16"
+)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows, widths", [
+    (1, [1, 1]), (7, [33, 17, 5]), (130, [257, 129, 300, 64]), (65, [784, 65, 65, 65, 65]),
+    (3, [5, 1, 700]), (200, [2100, 520]),
+])  # fmt: skip
+def test_chain_of_bfloat16(monkeypatch, rows, widths, bias):
+    """Each layer from what the one before has rounded: then only its own rounding is left."""
+    monkeypatch.setattr(gemm, "library", lambda: "fastdfa")
+    names = [FROM_OUTPUT[i % len(FROM_OUTPUT)] for i in range(len(widths) - 1)]
+    x = randn(rows, widths[0], dtype=torch.bfloat16)
+    weights, biases, kinds, params = layers(widths, names, bias, torch.float32)
+    rounded = [weight.bfloat16() for weight in weights]
+    got = ops.linear_chain(x, weights, biases, kinds, params)
+    for i, h in enumerate(got):
+        (expected,) = by_hand(x, rounded[i : i + 1], biases[i : i + 1], names[i : i + 1])
+        assert h.dtype == torch.bfloat16 and h.is_contiguous()
+        assert_close(h, expected, torch.finfo(torch.bfloat16).eps / 2)
+        x = h
+
+
+@needs_bfloat16
+def test_products_of_bfloat16_of_any_strides(monkeypatch):
+    """Gradients are sums in float32, exact to its rounding, and never rounded to bfloat16."""
+    monkeypatch.setattr(gemm, "library", lambda: "fastdfa")
+    _, biases, kinds, params = layers([21, 30], ["tanh"], dtype=torch.float32)
+    for x in odd_views(50, 21, torch.bfloat16):
+        for weight in odd_views(30, 21, torch.float32, seed=3):
+            (got,) = ops.linear_chain(x, [weight], biases, kinds, params)
+            (expected,) = by_hand(x, [weight.bfloat16()], biases, ["tanh"])
+            assert_close(got, expected, torch.finfo(torch.bfloat16).eps / 2)
+    sizes = [(1, 1, 1), (65, 17, 33), (130, 300, 70), (33, 40, 600), (1025, 20, 9)]
+    deltas = [randn(m, n, seed=n, dtype=torch.bfloat16) for m, n, _ in sizes]
+    inputs = [randn(m, k, seed=k, dtype=torch.bfloat16) for m, _, k in sizes]
+    deltas += list(odd_views(50, 20, torch.bfloat16))
+    inputs += list(odd_views(50, 31, torch.bfloat16, seed=1))
+    got = ops.weight_gradients(deltas, inputs, wide=True)
+    assert len(got) == len(deltas)
+    for grad, d, x in zip(got, deltas, inputs, strict=True):
+        assert grad.dtype == torch.float32 and grad.is_contiguous()
+        assert_close(grad, d.double().T @ x.double(), 2e-6)
+
+
+def test_half_precision_by_torch(monkeypatch):
+    """bfloat16 and float16 are multiplied by torch, and biased and activated by the kernels."""
+    monkeypatch.setattr(gemm, "library", lambda: "torch")
+    weights, biases, kinds, params = layers([20, 30, 10], ["tanh", "relu"])
+    for dtype in (torch.bfloat16, torch.float16):
+        x, narrow = randn(9, 20).to(dtype), [w.to(dtype) for w in weights]
+        floats = [b.float() for b in biases]
+        got = ops.linear_chain(x, narrow, floats, kinds, params)
+        expected = by_hand(x, narrow, biases, ["tanh", "relu"])
+        assert_close(dict(enumerate(got)), dict(enumerate(expected)), 2e-2)
+        wide = ops.linear_chain(x, [w.float() for w in narrow], floats, kinds, params)
+        for got_h, wide_h in zip(got, wide, strict=True):
+            assert torch.equal(got_h, wide_h)
+        (grad,) = ops.weight_gradients([got[0]], [x])
+        assert_close(grad, got[0].double().T @ x.double(), 2e-2)
+        (wide_grad,) = ops.weight_gradients([got[0]], [x], wide=True)
+        assert grad.dtype == dtype and wide_grad.dtype == torch.float32
+        assert torch.equal(wide_grad, grad.float())
 
 
 def test_flops_of_a_step_are_the_same(library):
@@ -313,10 +381,18 @@ def test_opcheck(index):
     torch.library.opcheck(op.default, arguments)
 
 
+@needs_bfloat16
+def test_opcheck_of_bfloat16():
+    x, chain = randn(7, 5).bfloat16(), layers([5, 9, 4], ["tanh", "elu"], dtype=torch.float32)
+    torch.library.opcheck(torch.ops.fastdfa.linear_chain.default, (x, *chain))
+    torch.library.opcheck(torch.ops.fastdfa.weight_gradients.default, ([x], [x]))
+
+
 @needs_extension
 @pytest.mark.parametrize("changes, words", [
     (dict(x=randn(6)), ["x", "[6]"]),
-    (dict(x=randn(6, 5).bfloat16()), ["x", "float64", "BFloat16"]),
+    (dict(x=randn(6, 5).half()), ["x", "float64", "Half"]),
+    (dict(x=randn(6, 5).bfloat16()), ["weights[0]", "Float", "Double"]),
     (dict(x=randn(6, 4)), ["weights[0]", "4 columns", "[8, 5]"]),
     (dict(weights=[randn(8, 5), randn(3, 7)]), ["weights[1]", "8 columns", "[3, 7]"]),
     (dict(weights=[randn(8, 5), randn(3, 8).float()]), ["weights[1]", "Double", "Float"]),

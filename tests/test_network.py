@@ -401,10 +401,10 @@ def test_a_chain_is_done_in_groups_from_the_top(whole, rule, monkeypatch):
         hidden.extend(StorageWeakRef(h.untyped_storage()) for h in outputs)
         return outputs
 
-    def watched_backward(deltas, inputs):
+    def watched_backward(deltas, *rest):
         lengths.append(len(deltas))
         freed.append([h.expired() for h in hidden])
-        return backward(deltas, inputs)
+        return backward(deltas, *rest)
 
     monkeypatch.setattr(fastdfa.ops, "linear_chain", watched_forward)
     monkeypatch.setattr(fastdfa.ops, "weight_gradients", watched_backward)
@@ -432,7 +432,7 @@ def test_many_classes_that_share_a_product_are_one_group(monkeypatch):
     monkeypatch.setitem(plan.CHAIN_DELTA_BYTES, "cpu", 1)
     lengths, op = [], fastdfa.ops.weight_gradients
     monkeypatch.setattr(
-        fastdfa.ops, "weight_gradients", lambda d, x: lengths.append(len(d)) or op(d, x)
+        fastdfa.ops, "weight_gradients", lambda d, *rest: lengths.append(len(d)) or op(d, *rest)
     )
     for classes in (63, 64):
         model, g = mlp([5, 12, 8, 9, classes]), randn(6, classes)

@@ -36,6 +36,14 @@ Capability capability() {
   return wanted;
 }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  return capability() == Capability::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 const char* cpu_capability() { return capability_names[static_cast<int>(capability())]; }
 
 }  // namespace fastdfa

@@ -16,4 +16,7 @@ Capability capability();
 
 const char* cpu_capability();
 
+// Whether the ops multiply bfloat16 themselves: AVX-512 with BF16.
+bool multiplies_bfloat16();
+
 }  // namespace fastdfa

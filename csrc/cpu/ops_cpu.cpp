@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "../gemm_bf16.h"
 #include "../op_arguments.h"
 #include "kernels.h"
 
@@ -125,6 +126,28 @@ void multiply(const OpCall& call, ScalarType type, const std::vector<GemmProblem
   });
 }
 
+// The same of bfloat16 by weights in float, or into gradients in float.
+void multiply_bf16(const OpCall& call, const std::vector<GemmProblem>& problems, bool gradients) {
+  STD_TORCH_CHECK(multiplies_bfloat16(), call.op,
+                  ": bfloat16 needs a processor with AVX-512 BF16, this one has ",
+                  cpu_capability());
+#if defined(__x86_64__)
+  const Bf16GemmParams p{problems.data(), static_cast<int64_t>(problems.size()), gradients};
+  int64_t multiplications = 0;
+  for (const GemmProblem& g : problems) multiplications += gemm_multiplications(g);
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t parts = max(1, min(threads, multiplications / grain_multiplications));
+  const Bf16GemmPlan plan = plan_bf16_gemm(p, parts);
+  if (plan.cut.tasks == 0) return;
+  const Scratch scratch(call, ScalarType::Float, bf16_gemm_scratch(plan));
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    avx512_bf16::gemm_bf16(p, plan, gemm_first_task(cut_of(p), plan.cut, begin, parts),
+                           gemm_first_task(cut_of(p), plan.cut, end, parts),
+                           scratch.of_this_thread());
+  });
+#endif
+}
+
 // Products each of which reads the result of the one before.
 void multiply_chain(const OpCall& call, ScalarType type, const std::vector<GemmProblem>& problems) {
   const GemmParams p{problems.data(), static_cast<int64_t>(problems.size()),
@@ -147,15 +170,24 @@ std::vector<Tensor> linear_chain(Tensor x, std::vector<Tensor> weights,
                                  std::vector<int64_t> kinds, std::vector<double> params) {
   const OpCall call = call_of("linear_chain");
   LinearChainWork work(call, x, weights, biases, kinds, params);
-  multiply_chain(call, x.scalar_type(), work.problems);
+  if (x.scalar_type() == ScalarType::BFloat16) {
+    for (const GemmProblem& g : work.problems) multiply_bf16(call, {g}, false);
+  } else {
+    multiply_chain(call, x.scalar_type(), work.problems);
+  }
   return work.results;
 }
 
 std::vector<Tensor> weight_gradients(std::vector<Tensor> deltas, std::vector<Tensor> inputs) {
   const OpCall call = call_of("weight_gradients");
   if (deltas.empty() && inputs.empty()) return {};
+  const bool narrow = !deltas.empty() && deltas[0].scalar_type() == ScalarType::BFloat16;
   WeightGradientsWork work(call, std::move(deltas), std::move(inputs));
-  multiply(call, work.results[0].scalar_type(), work.problems);
+  if (narrow) {
+    multiply_bf16(call, work.problems, true);
+  } else {
+    multiply(call, work.results[0].scalar_type(), work.problems);
+  }
   return work.results;
 }
 

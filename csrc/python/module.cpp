@@ -38,6 +38,7 @@ py::dict build_facts() {
   facts["torch_built_against"] = text_or_none(FASTDFA_TORCH_VERSION);
   facts["cpu_capability"] = fastdfa::cpu_capability();
   facts["cpu_capabilities"] = capabilities;
+  facts["bfloat16_products"] = fastdfa::multiplies_bfloat16();
   facts["cuda"] = text_or_none(FASTDFA_CUDA_VERSION);
   facts["cuda_architectures"] = text_or_none(FASTDFA_CUDA_ARCHITECTURES);
   facts["cuda_skipped"] = text_or_none(FASTDFA_CUDA_SKIPPED);

@@ -209,7 +209,8 @@ def linear_chain(
 
     Args:
         x: [M, n_0].
-        weights: W_l [n_l, n_{l-1}] each, in the dtype of x.
+        weights: W_l [n_l, n_{l-1}] each, in the dtype of x, or all in its accumulation dtype; then
+            they are rounded to the dtype of x, by the kernels as they read them.
         biases: b_l [n_l] or None each, in the dtype of x or in its accumulation dtype.
         kinds, params: the activations, codes of `fastdfa.activations.KINDS` and parameters.
 
@@ -219,14 +220,20 @@ def linear_chain(
     Raises:
         ValueError, TypeError, RuntimeError: where shapes, lengths, dtypes or devices do not fit.
     """
-    if gemm.multiplies(x):
+    wide = len(weights) > 0 and weights[0].dtype != x.dtype
+    if gemm.multiplies(x, wide):
         _check_kinds(kinds, params, KINDS[:FIRST_KIND_FROM_INPUT])
+        if x.dtype == torch.bfloat16:
+            biases = [bias if bias is None else bias.float() for bias in biases]
         return torch.ops.fastdfa.linear_chain(x, weights, biases, kinds, params)
     outputs = []
+    if wide and weights[0].dtype == accumulation_dtype(x.dtype):
+        with torch.no_grad():
+            weights = [weight.to(x.dtype) for weight in weights]
     if gemm.widens(x, *weights):
         for weight, bias, kind, param in zip(weights, biases, kinds, params, strict=True):
-            wide = bias.float() if bias is not None and bias.dtype == x.dtype else bias
-            (h,) = linear_chain(x.float(), [weight.float()], [wide], [kind], [param])
+            bias = bias.float() if bias is not None and bias.dtype == x.dtype else bias
+            (h,) = linear_chain(x.float(), [weight.float()], [bias], [kind], [param])
             x = h.to(x.dtype)
             outputs.append(x)
         return outputs
@@ -240,27 +247,32 @@ def linear_chain(
     return outputs
 
 
-def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+def weight_gradients(
+    deltas: Sequence[Tensor], inputs: Sequence[Tensor], wide: bool = False
+) -> list[Tensor]:
     """dW_l = d_l^T x_l [n_l, k_l] of every layer, which do not depend on each other.
 
     Args:
         deltas: d_l [M, n_l] each.
         inputs: x_l [M, k_l] each, in the dtype of the deltas.
+        wide: gradients in the accumulation dtype, as weights that are have theirs.
 
     Raises:
         ValueError, TypeError, RuntimeError: where shapes, lengths, dtypes or devices do not fit.
     """
     if len(deltas) != len(inputs):
         raise ValueError(f"inputs must be as many as the {len(deltas)} deltas, got {len(inputs)}")
-    if deltas and gemm.multiplies(deltas[0]):
+    if deltas and gemm.multiplies(deltas[0], wide):
         return torch.ops.fastdfa.weight_gradients(deltas, inputs)
     if deltas and gemm.widens(*deltas, *inputs):
         # One by one, as copies of a group would take half of a step's memory more.
         pairs = zip(deltas, inputs, strict=True)
-        return [weight_gradients([d.float()], [x.float()])[0].to(d.dtype) for d, x in pairs]
-    if torch.compiler.is_compiling():  # a traced call knows no addresses
-        return reference.weight_gradients(deltas, inputs)
-    return gemm.weight_gradients(deltas, inputs)
+        grads = (weight_gradients([d.float()], [x.float()])[0] for d, x in pairs)
+        return [grad if wide else grad.to(deltas[0].dtype) for grad in grads]
+    # A traced call knows no addresses.
+    by_torch = reference if torch.compiler.is_compiling() else gemm
+    grads = by_torch.weight_gradients(deltas, inputs)
+    return [grad.to(accumulation_dtype(grad.dtype)) for grad in grads] if wide else grads
 
 
 def _generate(
@@ -422,7 +434,10 @@ def _register_fakes() -> None:
     def _(deltas, inputs):
         _check_devices(deltas[0], deltas=deltas, inputs=inputs)
         pairs = zip(deltas, inputs, strict=True)
-        return [delta.new_empty(delta.shape[1], x.shape[1]) for delta, x in pairs]
+        return [
+            delta.new_empty(delta.shape[1], x.shape[1], dtype=accumulation_dtype(delta.dtype))
+            for delta, x in pairs
+        ]
 
 
 def _register_flop_formulas() -> None:

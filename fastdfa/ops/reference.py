@@ -165,7 +165,7 @@ def linear_chain(
     """h_l = f_l(h_{l-1} W_l^T + b_l) of every layer; h_0 = x [M, n_0], W_l [n_l, n_{l-1}]."""
     outputs = []
     for weight, bias, kind, param in zip(weights, biases, kinds, params, strict=True):
-        x = x @ weight.t()
+        x = x @ weight.to(x.dtype).t()
         activate_(x, bias, kind, param)
         outputs.append(x)
     return outputs

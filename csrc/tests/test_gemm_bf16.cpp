@@ -1,0 +1,131 @@
+// gemm_bf16 against a plain loop in double, over awkward sizes, both ways that operands lie in
+// memory, and every number of threads; operands and results end at pages that may not be touched.
+#include <cstring>
+#include <vector>
+
+#include "check.h"
+#include "cpu/dispatch.h"
+#include "gemm_bf16.h"
+#include "guarded.h"
+
+using namespace fastdfa;
+
+#if defined(__x86_64__)
+struct Case {
+  int64_t rows, columns, depth;
+  bool a_transposed, b_transposed, bias;
+  Activation kind;
+};
+
+static void put(float& x, double value) { x = static_cast<float>(value); }
+static void put(bfloat16& x, double value) {  // rounded to zero: any bfloat16 will do
+  const float narrow = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &narrow, sizeof bits);
+  x.bits = static_cast<uint16_t>(bits >> 16);
+}
+static double get(float x) { return double(x); }
+static double get(bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return double(wide);
+}
+
+// A product whose b is bfloat16, in float where B is.
+template <class B, class C> struct Product {
+  Case c;
+  Guarded<bfloat16> a;
+  Guarded<B> b;
+  Guarded<float> bias;
+  Guarded<C> result;
+  GemmProblem g{};
+
+  Product(const Case& c, int64_t seed)
+      : c(c),
+        a(c.rows * c.depth),
+        b((c.depth + 2) * (c.columns + 2)),
+        bias(c.columns),
+        result(c.rows * (c.columns + 1)) {
+    for (int64_t i = 0; i < a.size(); ++i) put(a[i], number(seed++));
+    for (int64_t i = 0; i < bias.size(); ++i) put(bias[i], number(seed++));
+    for (int64_t i = 0; i < b.size(); ++i) {
+      bfloat16 narrow;
+      put(narrow, number(seed++));
+      put(b[i], get(narrow));
+    }
+    g.a = a.data(), g.b = b.data(), g.c = result.data(), g.bias = c.bias ? bias.data() : nullptr;
+    g.a_row = c.a_transposed ? 1 : c.depth, g.a_column = c.a_transposed ? c.rows : 1;
+    g.b_row = c.b_transposed ? 1 : c.columns + 2, g.b_column = c.b_transposed ? c.depth + 2 : 1;
+    g.c_row = c.columns + 1;
+    g.rows = c.rows, g.columns = c.columns, g.depth = c.depth;
+    g.kind = c.kind;
+  }
+
+  void check() const {
+    // Sums are of float; 2^-8 is what bfloat16 rounds to.
+    const double tolerance = sizeof(C) == 4 ? 1e-6 * std::sqrt(c.depth + 1.0) : 0.004;
+    for (int64_t i = 0; i < c.rows; ++i) {
+      for (int64_t j = 0; j < c.columns; ++j) {
+        double want = c.bias ? double(bias[j]) : 0;
+        for (int64_t k = 0; k < c.depth; ++k)
+          want += get(a[i * g.a_row + k * g.a_column]) * get(b[k * g.b_row + j * g.b_column]);
+        if (c.kind == Activation::tanh) want = std::tanh(want);
+        const double got = get(result[i * g.c_row + j]);
+        CHECK(std::abs(got - want) <= tolerance * std::fmax(1.0, std::abs(want)),
+              "[%d, %d, %d] at (%d, %d) is %.9g, not %.9g", int(c.rows), int(c.columns),
+              int(c.depth), int(i), int(j), got, want);
+      }
+      CHECK(std::isnan(get(result[i * g.c_row + c.columns])), "wrote beside a row");
+    }
+  }
+};
+
+template <class B, class C> static void run(const std::vector<Case>& cases) {
+  std::vector<double> first;
+  for (int64_t threads : {1, 2, 3, 64}) {
+    std::vector<Product<B, C>> products;
+    std::vector<GemmProblem> problems;
+    for (const Case& c : cases) products.emplace_back(c, 1000 * int64_t(products.size()));
+    for (const Product<B, C>& product : products) problems.push_back(product.g);
+    const Bf16GemmParams p{problems.data(), int64_t(problems.size()), sizeof(C) == 4};
+    const Bf16GemmPlan plan = plan_bf16_gemm(p, threads);
+    Guarded<uint32_t> scratch(bf16_gemm_scratch(plan));
+    for (int64_t task = plan.cut.tasks; task-- > 0;)
+      avx512_bf16::gemm_bf16(p, plan, task, task + 1, scratch.data());
+    std::vector<double> all;
+    for (const Product<B, C>& product : products) {
+      product.check();
+      for (int64_t i = 0; i < product.c.rows; ++i)
+        for (int64_t j = 0; j < product.c.columns; ++j)
+          all.push_back(get(product.result[i * product.g.c_row + j]));
+    }
+    if (threads == 1) first = all;
+    CHECK(all == first, "other numbers on %d threads", int(threads));
+  }
+}
+
+static void run_all() {
+  const auto none = Activation::identity, tanh = Activation::tanh;
+  const std::vector<Case> cases = {
+      {0, 5, 3, false, true, true, none},        {5, 0, 3, false, true, true, none},
+      {5, 7, 0, false, true, true, tanh},        {1, 1, 1, false, true, false, none},
+      {7, 65, 33, false, true, true, tanh},      {13, 130, 300, false, true, true, tanh},
+      {100, 17, 257, false, true, true, tanh},   {98, 600, 40, true, false, false, none},
+      {200, 63, 1025, true, false, false, none}, {37, 50, 20, false, false, true, none},
+      {37, 50, 21, true, true, false, none},     {20, 70, 5000, false, true, true, tanh},
+  };
+  for (const Case& c : cases) {
+    run<float, bfloat16>({c});
+    run<bfloat16, float>({c});
+  }
+  run<float, bfloat16>(cases);
+  run<bfloat16, float>(cases);
+}
+#else
+static void run_all() {}
+#endif
+
+int main() {
+  if (multiplies_bfloat16()) run_all();
+}

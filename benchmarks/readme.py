@@ -134,8 +134,9 @@ def accuracy() -> str:
         results = read(f"accuracy-{key}")
         by_side = {n: [row for row in results["rows"] if row["side"] == n] for n in names}
         rates = " and ".join(f"{by_side[n][0]['lr']:g}" for n in ("fastdfa", "backprop"))
+        seeds = len(by_side["fastdfa"])
         runs.append(
-            f"{title} {results['network']}, {len(by_side['fastdfa'])} seeds, at most "
+            f"{title} {results['network']}, {seeds} seed{'s' * (seeds > 1)}, at most "
             f"{results['epochs']} epochs, learning rates of DFA and backprop {rates}"
         )
         for index, target in enumerate(results["targets"]):

@@ -260,8 +260,6 @@ def float16_steps() -> str:
 
 def int8_accuracy() -> str:
     """Test errors of networks trained with int8 weight gradients."""
-    if not measured("low-precision-accuracy"):
-        return "Accuracy with int8 weight gradients: no tracked result yet."
     rows = [
         [
             f"{row['dataset']}, {'-'.join(map(str, row['widths']))}, {row['epochs']} epochs",

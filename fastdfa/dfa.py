@@ -325,7 +325,7 @@ class DFA(Root):
         if rank is None:
             return None
         seed, place = self.read_seed(), (torch.float32, device)
-        (made,) = self._dense(seed, LOW_RANK_STREAM, 1.0, columns, rank, (), *place)
+        (made,) = self._dense(seed, LOW_RANK_STREAM, columns, rank, (), *place)
         return made * rank**-0.5
 
     def _plan_of(self, tape: Tape, units: list[Point | Chain], y: Tensor, seed: int) -> plan.Plan:
@@ -528,7 +528,7 @@ class DFA(Root):
         matrices: list[Tensor] = []
         for stream, features, order in sizes:
             place = (dtype, batch.device)
-            matrices += self._dense(seed, stream, rule.density, rows, features, order, *place)
+            matrices += self._dense(seed, stream, rows, features, order, *place)
         return matrices
 
     def _keeps_dense(self, classes: int, widest: int, point: Point) -> bool:
@@ -567,7 +567,6 @@ class DFA(Root):
         self,
         seed: int,
         stream: int,
-        density: float,
         rows: int,
         columns: int,
         channels_last: tuple[int, ...],
@@ -575,6 +574,7 @@ class DFA(Root):
         device: torch.device,
     ) -> tuple[Tensor]:
         # In a tuple, as Dynamo takes a bare tensor from one place of the code only once.
+        density = 1.0 if stream == LOW_RANK_STREAM else self.feedback.density
         source = Source(seed, stream, self.feedback.distribution, density, dtype, device)
         return (self._cache.get(source, rows, columns, channels_last),)
 

@@ -297,7 +297,7 @@ def test_without_an_error_nothing_learns():
 
 
 @pytest.mark.parametrize("rule, error, message", [
-    ("hebb", ValueError, "rule must be one of 'kolen_pollack', 'cross_correlation', or callable"),
+    ("hebb", ValueError, "rule must be one of 'kolen_pollack', 'cross_correlation', 'forward_"),
     (3, TypeError, "rule must be a name or callable, got int"),
 ])  # fmt: skip
 def test_rules_that_are_none(rule, error, message):

@@ -493,7 +493,7 @@ class DFA(Root):
             device=batch.device,
             seed=seed,
             distribution=rule.distribution,
-            shared=rule.shared and self.matrices is None,
+            shared=rule.shared,
             sum_error=rule.error == "sum",
             allow_tf32=ops.allow_tf32(batch.device, batch.dtype),
             dense=len(dense),

@@ -8,6 +8,7 @@ entries as they are, but for a mean loss divides them by the number of rows M, a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,7 +23,7 @@ def _check_number(name: str, value: object) -> None:
 
 
 @dataclass(frozen=True)
-class Signal:
+class Signal(ABC):
     """The base of all: `of` makes a signal from an error.
 
     Args:
@@ -38,10 +39,10 @@ class Signal:
     needs_output: ClassVar[bool] = False
     needs_target: ClassVar[bool] = False
 
+    @abstractmethod
     def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
         """[M, C] from the error e [M, C]; the output y and the target, [M, C], where they are
         needed. In float32, or float64 where e is."""
-        raise NotImplementedError
 
     def columns(self, classes: int) -> int:
         """How many the signal of an error of so many classes has."""

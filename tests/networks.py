@@ -3,6 +3,7 @@
 import gc
 
 import torch
+import torch.nn.functional as F
 from formulas import ACTIVATIONS, Layer, mlp_gradients
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -114,6 +115,32 @@ def blockwise_gradients(blocks, x, g, feedback, factor=1.0):
         if out.requires_grad:
             out.backward(signal)
     return [{n: p.grad for n, p in block.named_parameters()} for block in blocks], h
+
+
+# A batch of nine for networks of these widths: input, error and target.
+WIDTHS = [5, 7, 6, 4]
+BATCH, ERROR = randn(9, 5), randn(9, 4, seed=1)
+TARGET = torch.tensor([0, 3, 1, 1, 2, 0, 3, 2, 1])
+
+
+def assert_streams_as_it_steps(make, give=lambda model: model):
+    """A StreamingStep of one model from `make` updates as an ordinary step of another does; `give`
+    comes before each forward pass. Returns the ordinary one."""
+    ordinary, streamed = make(), make()
+    streamed.load_state_dict(ordinary.state_dict())
+    optimizer, other = (torch.optim.SGD(m.parameters(), 0.1) for m in (ordinary, streamed))
+    streaming = fastdfa.StreamingStep(streamed, other)
+    before = [p.detach().clone() for p in ordinary.module.parameters()]
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(give(ordinary)(BATCH), TARGET).backward()
+        optimizer.step()
+        give(streamed)
+        streaming(lambda: F.cross_entropy(streamed(BATCH), TARGET))
+    after = list(ordinary.module.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert_close(dict(streamed.named_parameters()), dict(ordinary.named_parameters()))
+    return ordinary
 
 
 class Apply(nn.Module):

@@ -14,14 +14,11 @@ from networks import (
     randn,
     step,
 )
+from test_ops import needs_bfloat16
 from torch import nn
 
 import fastdfa
-from fastdfa import build
 
-needs_bfloat16 = pytest.mark.skipif(
-    not build.multiplies_bfloat16(), reason="needs a processor with AVX-512 BF16"
-)
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 

@@ -4,14 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from formulas import ACTIVATIONS
-from networks import assert_close, gradients, mlp, randn, step
+from networks import BATCH, ERROR, WIDTHS, assert_close, gradients, mlp, randn, step
 from torch import nn
 
 import fastdfa
 
-WIDTHS = [5, 7, 6, 4]
-X, G = randn(9, 5), randn(9, 4, seed=1)
-TARGET = torch.tensor([0, 3, 1, 1, 2, 0, 3, 2, 1])
+X, G = BATCH, ERROR
 
 
 def learning(model, x=X):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from formulas import ACTIVATIONS
 from networks import assert_close, expected_gradients, gradients, mlp, randn
-from test_ops import FROM_OUTPUT, KINDS, REFUSED, needs_extension
+from test_ops import FROM_OUTPUT, KINDS, REFUSED, needs_bfloat16, needs_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdfa
-from fastdfa import build, gemm, ops
+from fastdfa import gemm, ops
 from fastdfa.ops import reference
 
 TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-13}
@@ -283,11 +283,6 @@ def test_float16_beside_another_dtype_is_refused(monkeypatch):
         ops.linear_chain(x, [weight], [None], [0], [0.0])
     with pytest.raises(RuntimeError, match=r"[Hh]alf"):
         ops.weight_gradients([x], [torch.randn(7, 3)])
-
-
-needs_bfloat16 = pytest.mark.skipif(
-    not build.multiplies_bfloat16(), reason="needs a processor with AVX-512 BF16"
-)
 
 
 @needs_bfloat16

@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from formulas import mlp_forward
 from networks import (
+    BATCH,
+    ERROR,
+    TARGET,
+    WIDTHS,
     assert_close,
+    assert_streams_as_it_steps,
     expected_gradients,
     feedback_of,
     gradients,
@@ -22,9 +27,7 @@ from torch import nn
 
 import fastdfa
 
-WIDTHS = [5, 7, 6, 4]
-X, G = randn(9, 5), randn(9, 4, seed=1)
-TARGET = torch.tensor([0, 3, 1, 1, 2, 0, 3, 2, 1])
+X, G = BATCH, ERROR
 EACH = {"1": randn(4, 7, seed=2), "2": randn(4, 6, seed=3)}
 SHARED = randn(4, 8, seed=4)
 
@@ -113,6 +116,20 @@ def test_points_of_nested_names_and_images():
         assert_close(model.module[0][0].weight.grad, expected[0])
 
 
+def test_a_point_that_lies_as_channels_last():
+    """Given columns are in logical order, where those of a generated B would be put in that of
+    memory."""
+    layers = [fastdfa.Conv2d(2, 3, 3, activation="relu"), fastdfa.FeedbackPoint(), nn.Flatten()]
+    B = randn(4, 12)
+    network = nn.Sequential(*layers, nn.Linear(12, 4)).double()
+    model = fastdfa.DFA(network.to(memory_format=torch.channels_last), matrices=B)
+    x = randn(5, 2, 4, 4).to(memory_format=torch.channels_last)
+    (model(x) * G[:5]).sum().backward()
+    plain = F.conv2d(x, layers[0].weight, layers[0].bias).relu()
+    (expected,) = torch.autograd.grad(plain.flatten(1), layers[0].weight, G[:5] @ B)
+    assert_close(layers[0].weight.grad, expected)
+
+
 def test_checkpoint_copy_and_pickle():
     model = given(EACH)
     step(model, X, G)
@@ -157,16 +174,7 @@ def test_matrices_that_do_not_fit(matrices, error, message):
 
 
 def test_streaming_with_given_matrices():
-    (ordinary, streamed) = (given(EACH), given(EACH))
-    streamed.load_state_dict(ordinary.state_dict())
-    first, second = (torch.optim.SGD(m.parameters(), 0.1) for m in (ordinary, streamed))
-    streaming = fastdfa.StreamingStep(streamed, second)
-    for _ in range(2):
-        first.zero_grad()
-        F.cross_entropy(ordinary(X), TARGET).backward()
-        first.step()
-        streaming(lambda: F.cross_entropy(streamed(X), TARGET))
-    assert_close(dict(streamed.named_parameters()), dict(ordinary.named_parameters()))
+    assert_streams_as_it_steps(lambda: given(EACH))
 
 
 # Learning.

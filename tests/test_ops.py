@@ -10,11 +10,16 @@ from formulas import ACTIVATIONS, DISTRIBUTIONS, unit_feedback
 from networks import assert_close, randn
 
 import fastdfa
+from fastdfa import build
 from fastdfa.ops import reference
 
 EXTENSION = "cpu" in fastdfa.build_info()["kernels"]
 needs_extension = pytest.mark.skipif(
     not EXTENSION, reason=f"no extension: {fastdfa.build_info()['fallback'].get('cpu')}"
+)
+# Only such a processor runs those products at all; on others torch multiplies, which is tested too.
+needs_bfloat16 = pytest.mark.skipif(
+    not build.multiplies_bfloat16(), reason="needs a processor with AVX-512 BF16"
 )
 
 # Code, parameter, the formulas, and whether f' comes from the input.

@@ -2,20 +2,31 @@
 
 import copy
 import threading
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import assert_close, expected_gradients, gradients, mlp, randn, step
+from networks import (
+    BATCH,
+    ERROR,
+    TARGET,
+    WIDTHS,
+    assert_close,
+    assert_streams_as_it_steps,
+    expected_gradients,
+    gradients,
+    mlp,
+    randn,
+    step,
+)
 from torch import nn
 
 import fastdfa
 from fastdfa.projectors import OpticalProcessor
 
-WIDTHS = [5, 7, 6, 4]
-X, G = randn(9, 5), randn(9, 4, seed=1)
-TARGET = torch.tensor([0, 3, 1, 1, 2, 0, 3, 2, 1])
+X, G = BATCH, ERROR
 B = randn(4, 8, seed=2)
 
 
@@ -101,6 +112,19 @@ def test_what_needs_no_feedback_does_not_wait():
     assert order == [True]
 
 
+def test_nothing_is_kept_alive():
+    """What the projector made is freed at the end of backward, though the output is not."""
+    made = []
+
+    def watched(signal):
+        projected = project(signal)
+        made.append(weakref.ref(projected))
+        return projected
+
+    y = step(of(watched), X, G)
+    assert made[0]() is None and y.grad_fn is not None
+
+
 def test_several_passes_and_threads():
     model = of(later)
     losses = [(model(X[i::3]) * G[i::3]).sum() for i in range(3)]
@@ -122,16 +146,7 @@ def test_several_passes_and_threads():
 
 
 def test_streaming_and_alignment():
-    ordinary, streamed = of(later), of(later)
-    streamed.load_state_dict(ordinary.state_dict())
-    first, second = (torch.optim.SGD(m.parameters(), 0.1) for m in (ordinary, streamed))
-    streaming = fastdfa.StreamingStep(streamed, second)
-    for _ in range(2):
-        first.zero_grad()
-        F.cross_entropy(ordinary(X), TARGET).backward()
-        first.step()
-        streaming(lambda: F.cross_entropy(streamed(X), TARGET))
-    assert_close(dict(streamed.named_parameters()), dict(ordinary.named_parameters()))
+    ordinary = assert_streams_as_it_steps(lambda: of(later))
     measured = fastdfa.alignment(ordinary, F.cross_entropy, X, TARGET)
     with_matrix = fastdfa.DFA(ordinary.module, fastdfa.Feedback(), matrices=B / 2)
     expected = fastdfa.alignment(with_matrix, F.cross_entropy, X, TARGET)

@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from formulas import mask, unit_feedback
 from networks import (
+    BATCH,
+    ERROR,
+    TARGET,
+    WIDTHS,
     assert_close,
+    assert_streams_as_it_steps,
     expected_gradients,
     feedback_of,
     gradients,
@@ -22,9 +27,7 @@ from torch import nn
 import fastdfa
 from fastdfa import signals
 
-WIDTHS = [5, 7, 6, 4]
-X, G = randn(9, 5), randn(9, 4, seed=1)
-TARGET = torch.tensor([0, 3, 1, 1, 2, 0, 3, 2, 1])
+X, G = BATCH, ERROR
 
 
 def ternary(e, share):
@@ -328,18 +331,9 @@ def test_streaming(name):
             fastdfa.Linear(5, 7, activation="tanh"), nn.BatchNorm1d(7),
             fastdfa.Linear(7, 6, activation="relu"), fastdfa.Linear(6, 4),
         ]  # fmt: skip
-        model = fastdfa.DFA(nn.Sequential(*layers).double(), model_of(name).feedback)
-        return model, torch.optim.SGD(model.parameters(), 0.1)
+        return fastdfa.DFA(nn.Sequential(*layers).double(), model_of(name).feedback)
 
-    (ordinary, optimizer), (streamed, other) = made(), made()
-    streaming = fastdfa.StreamingStep(streamed, other)
-    for _ in range(3):
-        optimizer.zero_grad()
-        F.cross_entropy(given(ordinary)(X), TARGET).backward()
-        optimizer.step()
-        given(streamed)
-        streaming(lambda: F.cross_entropy(streamed(X), TARGET))
-    assert_close(dict(streamed.named_parameters()), dict(ordinary.named_parameters()))
+    assert_streams_as_it_steps(made, given)
 
 
 @pytest.mark.parametrize("name", ["sign", "target", "two columns"])

@@ -4,15 +4,10 @@
 #include <vector>
 
 #include "check.h"
+#include "gemm_case.h"
 #include "guarded.h"
 
 using namespace fastdfa;
-
-struct Case {
-  int64_t rows, columns, depth;
-  bool a_transposed, b_transposed, bias;
-  Activation kind;
-};
 
 static double activated(Activation kind, double x, double param) {
   if (kind == Activation::relu) return x > 0 ? x : 0;
@@ -36,11 +31,8 @@ template <class T> struct Product {
     for (Guarded<T>* x : {&a, &b, &bias})
       for (int64_t i = 0; i < x->size(); ++i) (*x)[i] = T(number(seed++));
     g.a = a.data(), g.b = b.data(), g.c = result.data(), g.bias = c.bias ? bias.data() : nullptr;
-    g.a_row = c.a_transposed ? 1 : c.depth, g.a_column = c.a_transposed ? c.rows : 1;
-    g.b_row = c.b_transposed ? 1 : c.columns + 2, g.b_column = c.b_transposed ? c.depth + 2 : 1;
-    g.c_row = c.columns + 1;
-    g.rows = c.rows, g.columns = c.columns, g.depth = c.depth;
-    g.kind = c.kind, g.param = 0.25;
+    lay_out(g, c);
+    g.param = 0.25;
   }
 
   void check(const char* capability, double tolerance) const {

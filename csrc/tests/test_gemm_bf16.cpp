@@ -6,17 +6,12 @@
 #include "check.h"
 #include "cpu/dispatch.h"
 #include "gemm_bf16.h"
+#include "gemm_case.h"
 #include "guarded.h"
 
 using namespace fastdfa;
 
 #if defined(__x86_64__)
-struct Case {
-  int64_t rows, columns, depth;
-  bool a_transposed, b_transposed, bias;
-  Activation kind;
-};
-
 static void put(float& x, double value) { x = static_cast<float>(value); }
 static void put(bfloat16& x, double value) {  // rounded to zero: any bfloat16 will do
   const float narrow = static_cast<float>(value);
@@ -55,11 +50,7 @@ template <class B, class C> struct Product {
       put(b[i], get(narrow));
     }
     g.a = a.data(), g.b = b.data(), g.c = result.data(), g.bias = c.bias ? bias.data() : nullptr;
-    g.a_row = c.a_transposed ? 1 : c.depth, g.a_column = c.a_transposed ? c.rows : 1;
-    g.b_row = c.b_transposed ? 1 : c.columns + 2, g.b_column = c.b_transposed ? c.depth + 2 : 1;
-    g.c_row = c.columns + 1;
-    g.rows = c.rows, g.columns = c.columns, g.depth = c.depth;
-    g.kind = c.kind;
+    lay_out(g, c);
   }
 
   void check() const {

@@ -45,7 +45,8 @@ RULES: dict[str, Rule] = {
     "sparse": Rule("B of density 0.1", "1903.02083", {"density": 0.1}),
     "low-rank": Rule("B = QP of rank 4", "2502.20580", {"rank": 4}),
     "optical": Rule(
-        "optical processor, simulated", "2409.12965", {"signal": signals.Ternary(centred=True)}, projected=True
+        "optical processor, simulated", "2409.12965",
+        {"signal": signals.Ternary(centred=True)}, projected=True,
     ),
     "kolen-pollack": Rule("B by Kolen-Pollack", "1904.05391", learns="kolen_pollack"),
     "cross-correlation": Rule(

@@ -159,7 +159,8 @@ class Run:
             self._set_rate((number + i / len(batches)) / config.epochs)
             x, y = self._batch(rows)
             self.optimizer.zero_grad()
-            logits = self.model(x)
+            with self._precision():
+                logits = self.model(x).float()
             loss = F.cross_entropy(logits, y)
             loss.backward()
             self.optimizer.step()
@@ -224,6 +225,11 @@ class Run:
         factor = (1 + math.cos(math.pi * progress)) / 2 if cosine else 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * factor
+
+    def _precision(self) -> torch.autocast:
+        """Of a training step; what is measured is measured in float32."""
+        lowered = self.config.precision != "float32"
+        return torch.autocast("cpu", torch.bfloat16, enabled=lowered, cache_enabled=False)
 
     def _batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self.splits["train"]

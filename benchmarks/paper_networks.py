@@ -110,7 +110,7 @@ def mask(layer: nn.Linear, share: float, config: Config) -> None:
         parameter.register_hook(lambda gradient, kept=kept: gradient * kept)
     if not config.published_cuts:
         return
-    passed = (torch.rand(config.batch, layer.in_features) < share).float()
+    passed = torch.rand(config.batch, layer.in_features) < share
 
     def mask_input(module: nn.Module, inputs: tuple[Tensor]) -> None:
         if module.training and inputs[0].requires_grad:

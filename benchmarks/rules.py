@@ -72,7 +72,7 @@ class Learning:
         if rule.by_layers:
             self.model = fastdfa.LayerFeedback(network, rule.by_layers, seed=feedback.seed)
             return
-        projector = OpticalProcessor(widest(network), noise=0.1) if rule.projected else None
+        projector = OpticalProcessor(widest(network, x), noise=0.1) if rule.projected else None
         feedback = replace(feedback, **rule.feedback)
         self.model = fastdfa.DFA(network, feedback, projector=projector)
         if rule.learns:
@@ -102,8 +102,11 @@ class Learning:
         self.optimizer.zero_grad()
 
 
-def widest(network: nn.Module) -> int:
-    return max(layer.in_features for layer in network.modules() if isinstance(layer, nn.Linear))
+def widest(network: nn.Module, x: Tensor) -> int:
+    """The most units that a feedback point has."""
+    plain = fastdfa.DFA(network)
+    plain(x)
+    return max(plain.feedback_matrix(name).shape[1] for name in plain.feedback_points)
 
 
 def chosen(text: str) -> list[str]:

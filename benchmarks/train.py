@@ -268,8 +268,8 @@ def by_rules(given):
     names = given.pop("rules", None)
     if names is None:
         return {}
-    if "methods" in given or given.get("model", "mlp") != "mlp":
-        raise UsageError("--rules goes with --model mlp, and without --methods")
+    if "methods" in given or given.get("model", "mlp") not in ("mlp", "cnn"):
+        raise UsageError("--rules goes with --model mlp or cnn, and without --methods")
     try:
         return {"methods": ["bp", "top", "dfa", *rules.chosen(names)]}
     except ValueError as error:

@@ -68,8 +68,8 @@ def test_some_rules_go_on_after_an_interruption(tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (["--rules=hebb"], "argument --rules: 'hebb' is none of all, separate"),
-    (["--rules=all", "--methods=dfa"], "--rules goes with --model mlp, and without --methods"),
-    (["--rules=all", "--model=cnn"], "--rules goes with --model mlp"),
+    (["--rules=all", "--methods=dfa"], "--rules goes with --model mlp or cnn, and without"),
+    (["--rules=all", "--model=gcn"], "--rules goes with --model mlp or cnn"),
 ])  # fmt: skip
 def test_what_cannot_be_compared(options, message, capsys, tmp_path):
     assert train.main([*options, "--out", str(tmp_path)]) == 2

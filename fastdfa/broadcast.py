@@ -338,12 +338,8 @@ class Sender(NamedTuple):
         """With the target as the rows that belong to this output; an error if it does not fit."""
         if not self.signal.needs_target and self.target is None:
             return self
-        if self.target is None:
-            raise RuntimeError(
-                f"the signal {type(self.signal).__name__} needs the target: set the target of the "
-                "DFA (model.target = y) before each forward pass"
-            )
-        return self._replace(target=signals.as_rows(self.target, output))
+        reader = f"the signal {type(self.signal).__name__}"
+        return self._replace(target=signals.given(self.target, output, reader))
 
     def carrier(self, output: Tensor) -> Tensor:
         columns = self.signal.columns(output.shape[-1])

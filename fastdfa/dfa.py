@@ -24,7 +24,7 @@ from .broadcast import (
     announce,
 )
 from .feedback import LOW_RANK_STREAM, DenseCache, Feedback, Source
-from .matrices import Learning, Matrices, learning, learning_of
+from .matrices import Compression, Learning, Matrices, Rule, learning_of, learnt
 from .ops.reference import accumulation_dtype
 from .projectors import Projector
 from .root import Root, names_in
@@ -84,8 +84,9 @@ class DFA(Root):
             point that is fed waits. A point takes the first n_l columns of it, times `scale`.
 
     Attributes:
-        target: what a `Feedback` with a signal of the target reads, set before each forward pass,
-            which takes it: class indices [*rows], or of the output's shape [*rows, C].
+        target: what a signal of the target or a rule of learning reads, set before each forward
+            pass, which takes it: class indices [*rows], or of the output's shape [*rows, C].
+        compression: Q [C, r], once a B = Q P of low rank learns (`learn_feedback`).
 
     Buffers: `seed`, int64: the one source of randomness of B. It is in the checkpoint, B is not.
         The host reads it only after it was written. DistributedDataParallel writes it in every
@@ -123,6 +124,7 @@ class DFA(Root):
         self.target: Tensor | None = None
         self.matrices = None if matrices is None else Matrices(matrices)
         self.learning: Learning | None = None
+        self.register_parameter("compression", None)
         if projector is not None and not callable(projector):
             raise TypeError(f"projector must be callable, got {type(projector).__name__}")
         if projector is not None and matrices is not None:
@@ -147,7 +149,7 @@ class DFA(Root):
             return state.instead[self](args, kwargs)
         whole = network.find(self, args, kwargs)
         if whole is not None and self._network is not None and self._network.key == whole.key:
-            sender = self._sender(args[0].device, self._layout.classes)
+            sender = self._sender(args[0].device, self._layout.classes, self._take_target())
             return network.forward(whole, self._network, *args, sender)
         sharded = not torch.compiler.is_compiling() and fsdp.watch_sharded_blocks(self.module)
         inputs = [x for x in tree_leaves((args, kwargs)) if _requires_grad(x)]
@@ -193,46 +195,62 @@ class DFA(Root):
         """
         if self.projector is not None:
             raise RuntimeError("feedback_matrix: B is the projector's")
+        matrix = self._matrix(name)
+        return matrix if self.feedback.rank is None else self._low_as(matrix) @ matrix
+
+    def _matrix(self, name: str) -> Tensor:
+        """The scaled B_l of a point, or P_l where B = Q P."""
         for point, features, dtype, device in self._layout.points if self._layout else ():
             if point != name:
                 continue
             if self.matrices is not None:
-                return self._after_low(self.matrices.of(name).detach()[:, :features])
+                return self.matrices.of(name).detach()[:, :features]
             rule, classes, dtype = self.feedback, self._layout.classes, accumulation_dtype(dtype)
             settings = (rule.stream(name), rule.distribution, rule.density)
             source = Source(self.read_seed(), *settings, dtype, device)
-            matrix = self._after_low(source.matrix(rule.rows(classes), features))
+            matrix = source.matrix(rule.rows(classes), features)
             return matrix * rule.deviation(classes, features, self._layout.widest)
         raise KeyError(f"no feedback point {name!r}; there are {self.feedback_points}")
 
-    def learn_feedback(self, rule: str | Learning = "kolen_pollack") -> list[nn.Parameter]:
+    def learn_feedback(
+        self, rule: str | Rule = "kolen_pollack", compression: str | Compression | None = "oja"
+    ) -> list[nn.Parameter]:
         """Makes the B_l of every point of the latest forward pass a parameter that learns.
 
         It starts as it is, whether generated or given, shared or not. From then on each backward
         pass adds to its `.grad` what the rule says, and an optimizer with these parameters updates
         it; give it the learning rate and weight decay of the weights for "kolen_pollack".
 
+        A B = Q P of low rank (`Feedback(rank=r)`) learns as LDFA does (arXiv 2502.20580): P_l [r,
+        n_l] by the rule, from the compressed error e Q [M, r] in place of e; Q [C, r], which all
+        points share, by another.
+
         Args:
-            rule: a name of `fastdfa.matrices.LEARNING`, "kolen_pollack" (e^T h) or
-                "cross_correlation" (B - e^T h), or a function of (B_l [C, n_l], e [M, C], h [M,
-                n_l]), h being what the point reads, that returns the gradient of B_l. With
-                "forward_gradient" the gradients come from `fastdfa.forward_gradient` alone.
+            rule: a name of `fastdfa.matrices.LEARNING`, "kolen_pollack" (e^T h),
+                "cross_correlation" (B - e^T h) or "local_classifier" ((softmax(h B^T) - t)^T h /
+                M), or a function of (B_l [C, n_l], e [M, C], h [M, n_l]), h being what the point
+                reads, that returns the gradient of B_l. A function with a parameter `target` is
+                given the target t [M, C] by that name (see `DFA.target`), as "local_classifier"
+                is. With "forward_gradient" the gradients come from `fastdfa.forward_gradient`
+                alone.
+            compression: of Q; "oja", by which Q follows the subspace of the error
+                (`fastdfa.matrices.oja`), or a function of (Q [C, r], e [M, C]) that returns the
+                gradient of Q; None leaves it as it is. Without effect where B has no rank.
 
         Returns:
-            The parameters, in the order of `feedback_points`.
+            The parameters, in the order of `feedback_points`, and Q last where it learns.
 
         Raises:
-            RuntimeError: before the first forward pass, which tells the sizes.
+            RuntimeError: before the first forward pass with a point, which tells the sizes.
             ValueError, TypeError: for a rule that is none, or with a signal of other columns than
-                the error's, a B of low rank or a projector.
+                the error's or a projector; for a rule with a target where B is of low rank.
         """
-        rule = learning_of(rule)
-        if self._layout is None:
+        chosen = learning_of(rule, compression, self.feedback.rank)
+        if not self.feedback_points:
             raise RuntimeError(
                 "learn_feedback needs the sizes of the points: call the model once before"
             )
-        signal = self.feedback.sends
-        other = self.feedback.rank is not None or getattr(signal, "width", None) is not None
+        other = getattr(self.feedback.sends, "width", None) is not None
         if other or self.projector is not None:
             raise ValueError(
                 "learn_feedback needs a B that is multiplied by the error or a signal of its "
@@ -240,15 +258,18 @@ class DFA(Root):
             )
         dtypes = {name: dtype for name, _, dtype, _ in self._layout.points}
         made = {
-            name: self.feedback_matrix(name).to(accumulation_dtype(dtype))
-            for name, dtype in dtypes.items()
+            name: self._matrix(name).to(accumulation_dtype(dtype)) for name, dtype in dtypes.items()
         }
-        self.matrices, self.learning = Matrices(made), rule
+        moves = chosen.compression is not None  # whether Q does
+        if self.feedback.rank is not None:
+            self.compression = nn.Parameter(self._low_as(made[self.feedback_points[-1]]), moves)
+        self.matrices = Matrices(made)
         self.matrices.requires_grad_(True)
+        self.learning = chosen if moves or chosen.rule is not None else None
         layout = self._layout
         self._reset()
         self._settle(*layout)
-        return list(self.matrices.values())
+        return [*self.matrices.values(), *[self.compression] * moves]
 
     def extra_repr(self) -> str:
         return repr(self.feedback)
@@ -267,21 +288,22 @@ class DFA(Root):
             made = self._planned(tape, units, y, None, seed)
         else:
             made = self._plan_of(tape, units, y, seed)
-        sender = self._sender(y.device, self._columns(y))
+        target = self._take_target()
+        sender = self._sender(y.device, self._columns(y), target)
         if sender is None or not units:
             y = self._sent(units, made, y)
         else:
             waits = self.projector is not None and all(node.gate for node in made.nodes)
             sender = sender.checked(y)._replace(pending=Pending() if waits else None)
             y = sender.joined(y, self._sent(units, made, sender.carrier(y), sender.pending))
-        return y if self.learning is None else self._learnt(units, y)
+        return y if self.learning is None else self._learnt(units, y, target)
 
-    def _learnt(self, units: list[Point | Chain], y: Tensor) -> Tensor:
+    def _learnt(self, units: list[Point | Chain], y: Tensor, target: Tensor | None) -> Tensor:
         """y, with the gradients of B behind it."""
         every = plan.expanded(units)
         points = [every[place] for place in plan.fed(every)]
         matrices = [self.matrices.of(name) for name in self._name(points)]
-        return learning(self.learning, y, points, matrices)
+        return learnt(self.learning, y, target, self.compression, points, matrices)
 
     def _sent(
         self,
@@ -301,32 +323,36 @@ class DFA(Root):
         """Of what is projected."""
         return self.feedback.sends.columns(index(y.shape[-1]))
 
-    def _sender(self, device: torch.device, columns: int) -> Sender | None:
-        """What makes the signal [M, columns] of this pass, which takes the target; None where it is
-        the error itself."""
-        signal, target = self.feedback.sends, self.target
+    def _take_target(self) -> Tensor | None:
+        """What was set for this pass, and serves no other."""
+        target = self.target
         if target is not None:
             self.target = None
+        return target
+
+    def _sender(self, device: torch.device, columns: int, target: Tensor | None) -> Sender | None:
+        """What makes the signal [M, columns] of this pass; None where it is the error itself."""
+        signal = self.feedback.sends
         plain = isinstance(signal, signals.Error) and self.feedback.rank is None
         if plain and self.projector is None:
             return None
         widest = self._layout.widest if self._layout is not None and self._layout.points else 0
         return Sender(signal, self._low(columns, device), target, self.projector, widest)
 
-    def _after_low(self, matrix: Tensor) -> Tensor:
-        """Q P, of a P; else the B itself."""
-        if self.feedback.rank is None:
-            return matrix
-        return self._low(self._layout.classes, matrix.device).to(matrix.dtype) @ matrix
-
     def _low(self, columns: int, device: torch.device) -> Tensor | None:
         """Q [columns, rank], whose entries have the variance 1 / rank."""
         rank = self.feedback.rank
         if rank is None:
             return None
+        if self.compression is not None:
+            return self.compression.detach()
         seed, place = self.read_seed(), (torch.float32, device)
         (made,) = self._dense(seed, LOW_RANK_STREAM, columns, rank, (), *place)
         return made * rank**-0.5
+
+    def _low_as(self, matrix: Tensor) -> Tensor:
+        """Q for this P, of its dtype."""
+        return self._low(self._layout.classes, matrix.device).to(matrix.dtype)
 
     def _plan_of(self, tape: Tape, units: list[Point | Chain], y: Tensor, seed: int) -> plan.Plan:
         """The plan of the pass before, where that serves this one as well."""
@@ -426,7 +452,7 @@ class DFA(Root):
 
     def _signal(self, error: Tensor, output: Tensor) -> Tensor:
         """What is projected: the error, or [M, columns] made of it. Takes the target."""
-        sender = self._sender(error.device, self._columns(error))
+        sender = self._sender(error.device, self._columns(error), self._take_target())
         return error if sender is None else sender.checked(output).of(error, output.detach())
 
     def _feed(

@@ -26,7 +26,8 @@ def forward_gradient(model: nn.Module, x: Any) -> None:
     """Adds B_l - d^T p_l / M to the `.grad` of every B_l [C, n_l] of a DFA, M being the rows.
 
     So SGD of rate 1 - m on B makes it an average over steps, with momentum m, of estimates of the
-    Jacobian of the output with respect to point l. To be called before an optimizer's step, after
+    Jacobian of the output with respect to point l. (Where B = Q P, P_l - (d Q)^T p_l / M for P_l;
+    Q learns in the backward pass.) To be called before an optimizer's step, after
     `model.learn_feedback("forward_gradient")`. It costs two to three forward passes, and leaves
     buffers as they are; p is drawn by torch's generators, and so is dropout.
 
@@ -97,9 +98,11 @@ class _PerturbedPass(Tape):
         return y
 
     def estimates(self) -> dict[str, Tensor]:
-        """d^T p_l / M [C, n_l] by the names of the points."""
+        """d^T p_l / M [C, n_l] by the names of the points; (d Q)^T p_l / M where B = Q P."""
         points = [point for _, point, _ in self.found.values()]
         d = self.derivative.reshape(self.rows, -1)
+        if self.root.compression is not None:
+            d = d @ self.root.compression.detach().to(d)
         names = self.root._name(points)
         return {
             name: d.t() @ as_fed(point, self.rows).to(d) / max(self.rows, 1)

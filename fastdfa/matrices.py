@@ -6,20 +6,28 @@ checkpoint; those that learn require grad, and any optimizer of torch updates th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import signals
 from .feedback import hash_of
 from .fused import as_matrix
 from .tape import Point
 
 SHARED = "shared"
 
-# grad_B [C, n] from B [C, n], the error e [M, C] and what the point reads, h [M, n].
-Learning = Callable[[Tensor, Tensor, Tensor], Tensor]
+# grad_B [C, n] from B [C, n], the error e [M, C] and what the point reads, h [M, n]; also from the
+# target [M, C], by that name, where a rule has such a parameter. Where B = Q P it is P's, from P
+# [r, n] and the compressed error e Q [M, r].
+Rule = Callable[..., Tensor]
+
+# grad_Q [C, r] from Q [C, r] and the error e [M, C].
+Compression = Callable[[Tensor, Tensor], Tensor]
 
 
 def kolen_pollack(B: Tensor, error: Tensor, h: Tensor) -> Tensor:
@@ -39,27 +47,94 @@ def cross_correlation(B: Tensor, error: Tensor, h: Tensor) -> Tensor:
     return B - error.t() @ h
 
 
-LEARNING: dict[str, Learning | None] = {
+def local_classifier(B: Tensor, error: Tensor, h: Tensor, target: Tensor) -> Tensor:
+    """(p - t)^T h / M with p = softmax(h B^T): the gradient of the mean cross-entropy of a linear
+    classifier of what the point reads, whose logits are h B^T.
+
+    Its transpose, which takes an error at the logits to h, is then the feedback for the error at
+    the output. Local classifiers, trained or fixed, with their own error as the feedback: arXiv
+    1711.06756, 1901.06656. The target t holds classes or probabilities; rows without any are left
+    out. Not scaled with the loss: where a `GradScaler` does so, give B an optimizer of its own.
+    """
+    total = target.sum(1, keepdim=True)
+    p = (h @ B.t()).softmax(1)
+    return (p * total - target).t() @ h / total.sum().clamp(min=1)
+
+
+def oja(Q: Tensor, error: Tensor) -> Tensor:
+    """(Q z^T z - e^T z) / rho with z = e Q: Oja's subspace rule, by which the columns of Q come to
+    be orthonormal and to span the r directions in which the error is largest (Oja 1989).
+
+    So compresses LDFA (arXiv 2502.20580), where P is taught by Kolen-Pollack from e Q. It has a Q
+    and a P for each layer, in place of the layer's own W in the error's way back; here there is
+    one Q for all layers, straight from the output. And rho, the root mean square length of a row
+    of e, is ours: with it the gradient grows as the loss does, and not as its square.
+    """
+    z = error @ Q
+    rho = (error.square().sum() / max(len(error), 1)).sqrt()
+    return (Q @ (z.t() @ z) - error.t() @ z) / rho.where(rho > 0, 1)
+
+
+LEARNING: dict[str, Rule | None] = {
     "kolen_pollack": kolen_pollack,
     "cross_correlation": cross_correlation,
+    "local_classifier": local_classifier,
     "forward_gradient": None,  # by `fastdfa.forward_gradient`, not in backward passes
 }
+COMPRESSION: dict[str, Compression] = {"oja": oja}
 
 
-def learning_of(rule: str | Learning) -> Learning | None:
-    """The rule of a name of `LEARNING`, any other callable as it is.
+class Learning(NamedTuple):
+    """How the matrices of a root learn in its backward passes."""
+
+    rule: Rule | None  # of every B_l, or P_l where B = Q P
+    compression: Compression | None  # of Q
+    needs_target: bool  # whether the rule does
+
+
+def learning_of(
+    rule: str | Rule, compression: str | Compression | None, rank: int | None
+) -> Learning:
+    """The rules of names of `LEARNING` and `COMPRESSION`, any other callables as they are; that of
+    Q where B is a product, of a rank.
 
     Raises:
-        ValueError, TypeError: for anything else.
+        ValueError, TypeError: for anything else, and for a rule with a target where B is one.
     """
-    if isinstance(rule, str):
-        if rule not in LEARNING:
-            names = ", ".join(map(repr, LEARNING))
-            raise ValueError(f"rule must be one of {names}, or callable, got {rule!r}")
-        return LEARNING[rule]
-    if not callable(rule):
-        raise TypeError(f"rule must be a name or callable, got {type(rule).__name__}")
-    return rule
+    rule = _chosen("rule", rule, LEARNING)
+    if compression is not None:
+        compression = _chosen("compression", compression, COMPRESSION)
+    needs_target = rule is not None and _takes_target(rule)
+    if needs_target and rank is not None:
+        raise ValueError(
+            f"{_name(rule)} takes the target, of C classes, and so needs a B [C, n_l]: expected a "
+            f"Feedback without rank, got rank={rank}"
+        )
+    return Learning(rule, None if rank is None else compression, needs_target)
+
+
+def _chosen(
+    argument: str, value: object, choices: Mapping[str, Callable[..., Tensor] | None]
+) -> Callable[..., Tensor] | None:
+    if isinstance(value, str):
+        if value not in choices:
+            names = ", ".join(map(repr, choices))
+            raise ValueError(f"{argument} must be one of {names}, or callable, got {value!r}")
+        return choices[value]
+    if not callable(value):
+        raise TypeError(f"{argument} must be a name or callable, got {type(value).__name__}")
+    return value
+
+
+def _takes_target(rule: Rule) -> bool:
+    try:
+        return "target" in inspect.signature(rule).parameters
+    except ValueError:  # some callables of C have no signature
+        return False
+
+
+def _name(rule: Rule) -> str:
+    return getattr(rule, "__name__", type(rule).__name__)
 
 
 class Matrices(nn.ParameterDict):
@@ -144,10 +219,25 @@ def _check_matrix(name: str, matrix: object) -> None:
         )
 
 
-def learning(rule: Learning, y: Tensor, points: list[Point], matrices: list[Tensor]) -> Tensor:
-    """y, whose error gives the matrices of these points their gradients, by a rule."""
+def learnt(
+    learning: Learning,
+    y: Tensor,
+    target: Tensor | None,
+    low: Tensor | None,
+    points: list[Point],
+    matrices: list[Tensor],
+) -> Tensor:
+    """y, whose error gives the matrices of these points their gradients, and Q, where there is one.
+
+    The target is as it was set, for an output of the shape of y.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: where the rule needs the target, and it is none.
+    """
+    by = f"the rule {_name(learning.rule)}" if learning.needs_target else None
+    rows = None if by is None else signals.given(target, y, by)
     read = [as_fed(point, y.shape[:-1].numel()) for point in points]
-    return _Learning.apply(rule, y, *read, *matrices)
+    return _Learning.apply(learning, y, rows, low, *read, *matrices)
 
 
 def as_fed(point: Point, rows: int) -> Tensor:
@@ -162,30 +252,51 @@ def as_fed(point: Point, rows: int) -> Tensor:
 
 
 class _Learning(torch.autograd.Function):
-    """Passes the output y through; in backward matrices get the gradients of a rule."""
+    """Passes the output y through; in backward matrices get the gradients of their rules.
+
+    The tensors after Q: what each point reads, and its matrix.
+    """
 
     @staticmethod
-    def forward(ctx, rule: Learning, y: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx, learning: Learning, y: Tensor, target: Tensor | None, low: Tensor | None, *tensors
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.rule = rule
-        ctx.save_for_backward(*tensors)
+        ctx.learning = learning
+        ctx.save_for_backward(target, low, *tensors)
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, error: Tensor | None):
-        tensors = ctx.saved_tensors
-        if error is None:
-            return None, None, *[None] * len(tensors)
+        target, low, *tensors = ctx.saved_tensors
         count = len(tensors) // 2
-        e = as_matrix(error)
-        gradients = []
-        for h, matrix in zip(tensors[:count], tensors[count:], strict=True):
-            gradient = ctx.rule(matrix, e.to(matrix.dtype), h.to(matrix.dtype))
-            if gradient.shape != matrix.shape:
-                raise ValueError(
-                    f"a rule of learning must return shape {tuple(matrix.shape)}, got "
-                    f"{tuple(gradient.shape)}"
-                )
-            gradients.append(gradient)
-        return None, error, *[None] * count, *gradients
+        nothing: list[Tensor | None] = [None] * count
+        if error is None:
+            return None, None, None, None, *nothing, *nothing
+        e, rule, compression = as_matrix(error), ctx.learning.rule, ctx.learning.compression
+        sent = e if low is None else e.to(low.dtype) @ low
+        made = nothing
+        if rule is not None:
+            pairs = zip(tensors[:count], tensors[count:], strict=True)
+            made = [_gradient(rule, matrix, sent, h, target) for h, matrix in pairs]
+        of_low = None
+        if compression is not None:
+            of_low = _of_shape(low, compression(low, e.to(low.dtype)), "compression")
+        return None, error, None, of_low, *nothing, *made
+
+
+def _gradient(
+    rule: Rule, matrix: Tensor, error: Tensor, h: Tensor, target: Tensor | None
+) -> Tensor:
+    more = {} if target is None else {"target": target.to(matrix.dtype)}
+    gradient = rule(matrix, error.to(matrix.dtype), h.to(matrix.dtype), **more)
+    return _of_shape(matrix, gradient, "learning")
+
+
+def _of_shape(matrix: Tensor, gradient: Tensor, what: str) -> Tensor:
+    if gradient.shape != matrix.shape:
+        raise ValueError(
+            f"a rule of {what} must return shape {tuple(matrix.shape)}, got {tuple(gradient.shape)}"
+        )
+    return gradient

@@ -191,6 +191,21 @@ def made(signal: Signal, error: Tensor, output: Tensor | None, target: Tensor | 
     return rows * (e.norm(dim=1, keepdim=True) / length.where(length > 0, 1))
 
 
+def given(target: Tensor | None, output: Tensor, reader: str) -> Tensor:
+    """The target that `reader` needs, [M, C]; see `as_rows`.
+
+    Raises:
+        RuntimeError: where none was set.
+        TypeError, ValueError: for one that does not fit the output.
+    """
+    if target is None:
+        raise RuntimeError(
+            f"{reader} needs the target: set the target of the DFA (model.target = y) before each "
+            "forward pass"
+        )
+    return as_rows(target, output)
+
+
 def as_rows(target: Tensor, output: Tensor) -> Tensor:
     """A target as [M, C], of an output [*rows, C]: class indices [*rows] as their one-hot rows.
 

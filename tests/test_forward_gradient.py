@@ -48,6 +48,22 @@ def test_one_estimate(activation, monkeypatch):
     assert all(p.grad is None for p in model.module.parameters())
 
 
+def test_of_a_low_rank(monkeypatch):
+    """P_l - (d Q)^T p_l / M; Q learns from the error of a backward pass alone."""
+    model = mlp(WIDTHS, "none", feedback=fastdfa.Feedback(seed=1, rank=3))
+    (P1, P2, Q), drawn = learning(model), watched(monkeypatch)
+    fastdfa.forward_gradient(model, X)
+    p1, p2 = drawn
+    _, second, head = (layer.weight.detach() for layer in model.module)
+    d = (p1 @ second.T + p2) @ head.T
+    for P, p in ((P1, p1), (P2, p2)):
+        assert_close(P.grad, P.detach() - (d @ Q.detach()).T @ p / 9)
+    assert Q.grad is None
+    before = P1.grad.clone()
+    step(model, X, G)
+    assert torch.equal(P1.grad, before) and Q.grad.norm() > 0
+
+
 def test_the_average_is_the_jacobian():
     """Of a linear network; by SGD with a rate of 0.1, which averages over steps."""
     model = mlp(WIDTHS, "none")

@@ -38,6 +38,7 @@ def given(matrices, **options):
 
 def learning(rule="kolen_pollack", **options):
     model = mlp(WIDTHS, ["tanh", "relu"], **options)
+    model.target = TARGET
     model(X)
     model.learn_feedback(rule)
     return model
@@ -304,8 +305,281 @@ def test_without_an_error_nothing_learns():
     assert all(B.grad is None for B in model.matrices.values())
 
 
+# Low rank: B = Q P, both learn.
+
+
+def low_rank(rule="kolen_pollack", compression="oja", rank=3, **options):
+    feedback = fastdfa.Feedback(**{"seed": 1, "rank": rank, **options})
+    model = mlp(WIDTHS, ["tanh", "relu"], feedback=feedback)
+    model(X)
+    model.learn_feedback(rule, compression)
+    return model
+
+
+def oja_by_rows(Q, e):
+    """Q z z^T - e z^T of every row, over the root of the mean of e^T e."""
+    total = torch.zeros_like(Q)
+    for row in e:
+        z = row @ Q
+        total += torch.outer(Q @ z, z) - torch.outer(row, z)
+    return total / (sum(row @ row for row in e) / len(e)).sqrt()
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(signal=fastdfa.signals.Sign(centred=True), error="sum", shared=False),
+    dict(signal=fastdfa.signals.Quantized(raw=True), density=0.5), dict(rank=9),
+])  # fmt: skip
+@pytest.mark.parametrize("rule", ["kolen_pollack", "cross_correlation", lambda P, e, h: e.T @ h])
+def test_gradients_of_both_factors(rule, options):
+    """They start as they were; P learns from e Q, and Q from e, whatever is projected."""
+    feedback = fastdfa.Feedback(**{"seed": 1, "rank": 3, **options})
+    before, rank = mlp(WIDTHS, ["tanh", "relu"], feedback=feedback), feedback.rank
+    before(X)
+    start = feedback_of(before)
+    model = copy.deepcopy(before)
+    model(X)
+    *P, Q = model.learn_feedback(rule)
+    assert [tuple(each.shape) for each in (*P, Q)] == [(rank, 7), (rank, 6), (4, rank)]
+    assert_close(dict(enumerate(feedback_of(model))), dict(enumerate(start)), 1e-6)
+    for _ in range(2):
+        model.zero_grad()
+        step(model, X, G)
+        assert_close(Q.grad, oja_by_rows(Q.detach(), G))
+        for each, h in zip(P, hidden(model), strict=True):
+            expected = (G @ Q.detach()).T @ h
+            if rule == "cross_correlation":
+                expected = each.detach() - expected
+            assert_close(each.grad, expected)
+    before.zero_grad()
+    step(before, X, G)
+    assert_close(gradients(model), gradients(before), 1e-6)
+
+
+@pytest.mark.parametrize("rule", ["kolen_pollack", "cross_correlation"])
+def test_full_rank_without_compression_is_the_plain_rule(rule):
+    plain, model = learning(rule), low_rank(rule, rank=4)
+    model.module.load_state_dict(plain.module.state_dict())
+    with torch.no_grad():
+        model.compression.copy_(torch.eye(4))
+        for P, B in zip(model.matrices.values(), plain.matrices.values(), strict=True):
+            P.copy_(B)
+    for each in (plain, model):
+        step(each, X, G)
+    assert_close(gradients(model), gradients(plain))
+    for P, B in zip(model.matrices.values(), plain.matrices.values(), strict=True):
+        assert_close(P.grad, B.grad)
+
+
+def test_the_compression_follows_the_error():
+    """Its columns become orthonormal and span the largest principal directions of e."""
+    model = low_rank(rank=2)
+    u, _, v = torch.linalg.svd(randn(9, 4, seed=6), full_matrices=False)
+    e = u @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5]).double()) @ v
+    optimizer = torch.optim.SGD([model.compression], 0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        step(model, X, e)
+        optimizer.step()
+    Q = model.compression.detach()
+    assert_close(Q.T @ Q, torch.eye(2), 1e-6)
+    assert_close(Q @ Q.T, v[:2].T @ v[:2], 1e-6)
+    optimizer.zero_grad()
+    model.zero_grad()
+    step(model, X, e)
+    assert_close(gradients(model), expected_gradients(model, X, e))
+
+
+def test_the_gradient_of_the_compression_grows_as_the_loss():
+    """Not as its square; and a mean over more rows of the same kind leaves it as it is."""
+    model, found = low_rank(), []
+    for x, g in ((X, G), (X, 1024 * G), (torch.cat([X, X]), torch.cat([G, G]) / 2)):
+        model.zero_grad()
+        step(model, x, g)
+        found.append(model.compression.grad)
+    assert_close(found[1], 1024 * found[0])
+    assert_close(found[2], found[0])
+    model.zero_grad()
+    step(model, X, 0 * G)
+    assert not model.compression.grad.any()
+
+
+def test_a_compression_that_stays_and_one_of_ones_own():
+    model = low_rank(compression=None)
+    assert model.learn_feedback(compression=None) == list(model.matrices.values())
+    before = model.compression.detach().clone()
+    step(model, X, G)
+    assert model.compression.grad is None and "compression" in model.state_dict()
+    for P, h in zip(model.matrices.values(), hidden(model), strict=True):
+        assert_close(P.grad, (G @ before).T @ h)
+    *_, Q = model.learn_feedback(compression=lambda Q, e: 2 * Q + e.sum())
+    assert torch.equal(Q, before)
+    model.zero_grad()
+    step(model, X, G)
+    assert_close(Q.grad, 2 * before + G.sum())
+
+
+def test_both_factors_move_with_an_optimizer():
+    model = low_rank()
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        step(model, X, G)
+        B = [model.compression.detach() @ P.detach() for P in model.matrices.values()]
+        assert_close(gradients(model), expected_gradients(model, X, G, B))
+        optimizer.step()
+
+
+def test_checkpoint_copy_and_pickle_of_both_factors():
+    model = low_rank()
+    step(model, X, G)
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    model.zero_grad()
+    other = low_rank(seed=2)
+    other.load_state_dict(model.state_dict())
+    step(model, X, G)
+    for twin in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.zero_grad()
+        step(twin, X, G)
+        ours, theirs = ({n: p.grad for n, p in m.named_parameters()} for m in (twin, model))
+        assert_close(ours, theirs)
+
+
+def test_both_factors_at_an_image_under_autocast_and_compiled():
+    layers = [fastdfa.Conv2d(2, 3, 3, activation="relu"), nn.Flatten(), fastdfa.Linear(12, 4)]
+    model = fastdfa.DFA(nn.Sequential(*layers), fastdfa.Feedback(seed=1, rank=2))
+    x, g = randn(5, 2, 4, 4), G[:5].float()
+    model(x.float())
+    P, Q = model.learn_feedback()
+    h = F.conv2d(x.float(), layers[0].weight, layers[0].bias).relu().flatten(1).double()
+    e = g.double()
+
+    def stepped(run):
+        model.zero_grad()
+        (run(x.float()).float() * g).sum().backward()
+        return P.grad, Q.grad
+
+    def under_autocast(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    runs = [(model, 1e-5), (under_autocast, 2e-2), (torch.compile(model, fullgraph=True), 1e-5)]
+    for run, tolerance in runs:
+        of_p, of_q = stepped(run)
+        assert of_p.dtype == of_q.dtype == torch.float32
+        assert_close(of_p, (e @ Q.detach().double()).T @ h, tolerance)
+        assert_close(of_q, oja_by_rows(Q.detach().double(), e), tolerance)
+
+
+# Local classifiers.
+
+
+def classifying(**options):
+    return learning("local_classifier", **options)
+
+
+def stepped(model, target=TARGET, x=X, g=G):
+    model.zero_grad()
+    model.target = target
+    return step(model, x, g)
+
+
+def test_the_gradient_of_local_classifiers():
+    """softmax(h B^T) - onehot, written out, of rows and of tokens; not of the error."""
+    model = classifying()
+    ignored = torch.where(TARGET == 1, -100, TARGET)
+    tokens = (TARGET[:6].view(2, 3), X[:6].view(2, 3, 5), G[:6].view(2, 3, 4))
+    for target, x, g in ((TARGET, X, G), (ignored, X, 5 * G), tokens):
+        stepped(model, target, x, g)
+        rows = target.flatten()
+        kept = rows >= 0
+        for B, h in zip(model.matrices.values(), mlp_forward(layers_of(model), x)[1], strict=False):
+            logits = h @ B.detach().T
+            p = logits.exp() / logits.exp().sum(1, keepdim=True)
+            p[kept, rows[kept]] -= 1
+            assert_close(B.grad, (p * kept[:, None]).T @ h / kept.sum())
+
+
+def test_local_classifiers_of_probabilities():
+    model, target = classifying(), randn(9, 4, seed=7).softmax(1)
+    stepped(model, target)
+    for B, h in zip(model.matrices.values(), hidden(model), strict=True):
+        weight = B.detach().requires_grad_()
+        (expected,) = torch.autograd.grad(F.cross_entropy(h @ weight.T, target), weight)
+        assert_close(B.grad, expected)
+
+
+def test_the_head_is_the_last_local_classifier():
+    """With the head's weight for B and no bias both have the gradient of one loss."""
+    model = classifying(bias=[True, True, False])
+    with torch.no_grad():
+        model.matrices["2"].copy_(model.module[2].weight)
+    model.target = TARGET
+    F.cross_entropy(model(X), TARGET).backward()
+    assert_close(model.matrices["2"].grad, model.module[2].weight.grad)
+
+
+@pytest.mark.parametrize("signal", ["error", "sign", "target"])
+def test_what_local_classifiers_feed_back(signal):
+    """The signal of the output through B as it is; one target for the signal and the rule."""
+    model = classifying(feedback=fastdfa.Feedback(seed=1, signal=signal))
+    stepped(model)
+    onehot = F.one_hot(TARGET, 4).double()
+    made = {"error": G, "sign": G.sign(), "target": -onehot}[signal]
+    sent = made * (G.norm(dim=1) / made.norm(dim=1))[:, None]
+    assert_close(gradients(model), expected_gradients(model, X, G, sent=sent))
+    assert all(B.grad.norm() > 0 for B in model.matrices.values())
+    assert model.target is None
+
+
+def test_a_rule_of_ones_own_with_the_target():
+    model = learning(lambda B, error, h, target: B + (error * target).T @ h)
+    stepped(model)
+    for B, h in zip(model.matrices.values(), hidden(model), strict=True):
+        assert_close(B.grad, B.detach() + (G * F.one_hot(TARGET, 4)).T @ h)
+
+
+def test_around_local_classifiers():
+    """Compiled, measured, inspected, in bfloat16; what is measured leaves the target."""
+    model = classifying()
+    stepped(model)
+    eager = {n: p.grad for n, p in model.named_parameters()}
+    compiled = torch.compile(model, fullgraph=True)
+    model.zero_grad()
+    model.target = TARGET
+    (compiled(X) * G).sum().backward()
+    assert_close({n: p.grad for n, p in model.named_parameters()}, eager)
+    model.target = TARGET
+    fastdfa.alignment(model, F.cross_entropy, X, TARGET)
+    assert model.target is TARGET
+    assert fastdfa.inspect(model, X)["0.weight"].points == ("1",)
+    narrow = copy.deepcopy(model).float()
+    narrow.zero_grad()
+    narrow.target = TARGET
+    with torch.autocast("cpu", torch.bfloat16):
+        y = narrow(X.float())
+    (y.float() * G.float()).sum().backward()
+    for B in ("1", "2"):
+        assert narrow.matrices[B].grad.dtype == torch.float32
+        assert_close(narrow.matrices[B].grad, model.matrices[B].grad, 2e-2)
+
+
+@pytest.mark.parametrize("target, error, message", [
+    (None, RuntimeError, r"the rule local_classifier needs the target: .*model\.target = y"),
+    (TARGET[:3], ValueError, r"got torch.int64 of shape \(3,\)"),
+])  # fmt: skip
+def test_local_classifiers_without_their_target(target, error, message):
+    model = classifying()
+    model.target = target
+    with pytest.raises(error, match=message):
+        model(X)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# What cannot learn.
+
+
 @pytest.mark.parametrize("rule, error, message", [
-    ("hebb", ValueError, "rule must be one of 'kolen_pollack', 'cross_correlation', 'forward_"),
+    ("hebb", ValueError, "rule must be one of 'kolen_pollack', 'cross_correlation', 'local_cl"),
     (3, TypeError, "rule must be a name or callable, got int"),
 ])  # fmt: skip
 def test_rules_that_are_none(rule, error, message):
@@ -320,8 +594,21 @@ def test_what_cannot_learn():
         mlp(WIDTHS).learn_feedback()
     model = mlp(WIDTHS, feedback=fastdfa.Feedback(rank=2))
     model(X)
-    with pytest.raises(ValueError, match="rank=2"):
+    with pytest.raises(ValueError, match=r"local_classifier takes the target.* got rank=2"):
+        model.learn_feedback("local_classifier")
+    with pytest.raises(ValueError, match="compression must be one of 'oja', or callable, got 'p"):
+        model.learn_feedback(compression="pca")
+    with pytest.raises(TypeError, match="compression must be a name or callable, got int"):
+        model.learn_feedback(compression=2)
+    assert model.matrices is None and model.compression is None
+    wide = fastdfa.signals.Function(function=lambda y, t, e: torch.cat([e, e], 1), width=8)
+    model = mlp(WIDTHS, feedback=fastdfa.Feedback(signal=wide, rank=2))
+    model(X)
+    with pytest.raises(ValueError, match=r"a signal of its columns, got .*width=8"):
         model.learn_feedback()
+    model = low_rank(compression=lambda Q, e: Q[:, :1])
+    with pytest.raises(ValueError, match=r"compression must return shape \(4, 3\), got \(4, 1\)"):
+        step(model, X, G)
     model = learning(lambda B, e, h: B[:2])
     with pytest.raises(ValueError, match=r"must return shape \(4, 7\), got \(2, 7\)"):
         step(model, X, G)

@@ -55,6 +55,12 @@ RULES: dict[str, Rule] = {
     "forward-gradient": Rule(
         "B by forward gradients", "2212.07282", learns="forward_gradient", rate=0.05
     ),
+    "low-rank-learning": Rule(
+        "B = QP of rank 4, both learn", "2502.20580", {"rank": 4}, learns="kolen_pollack"
+    ),
+    "local-classifier": Rule(
+        "B of local classifiers", "1711.06756", learns="local_classifier"
+    ),
     "fa": Rule("FA, layer by layer", "1411.0247", by_layers="fa", published="1.7%"),
     "usf": Rule("uSF, layer by layer", "1510.05067", by_layers="usf", published="0.94%"),
     "frsf": Rule("frSF, layer by layer", "1510.05067", by_layers="frsf", published="0.97%"),
@@ -88,8 +94,8 @@ class Learning:
         return list(module.parameters())
 
     def give(self, y: Tensor) -> None:
-        """The target of the pass that follows, where the signal reads it."""
-        if not self.rule.by_layers and self.model.feedback.sends.needs_target:
+        """The target of the pass that follows, which a DFA takes, whether it reads it or not."""
+        if not self.rule.by_layers:
             self.model.target = y
 
     def update(self, x: Tensor) -> None:

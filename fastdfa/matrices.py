@@ -69,6 +69,10 @@ def oja(Q: Tensor, error: Tensor) -> Tensor:
     and a P for each layer, in place of the layer's own W in the error's way back; here there is
     one Q for all layers, straight from the output. And rho, the root mean square length of a row
     of e, is ours: with it the gradient grows as the loss does, and not as its square.
+
+    Q must move slowly, as P learns for the Q that there was. On the digits (rank 4, 12 epochs, P by
+    Adam, two seeds) SGD of rate 1 for Q left 44 and 59% of held-out samples wrong, 0.1 6.3%; but so
+    did a Q that stays, 6.3 and 7.0%.
     """
     z = error @ Q
     rho = (error.square().sum() / max(len(error), 1)).sqrt()

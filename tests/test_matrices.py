@@ -408,7 +408,8 @@ def test_a_compression_that_stays_and_one_of_ones_own():
     assert model.learn_feedback(compression=None) == list(model.matrices.values())
     before = model.compression.detach().clone()
     step(model, X, G)
-    assert model.compression.grad is None and "compression" in model.state_dict()
+    assert not model.compression.requires_grad and model.compression.grad is None
+    assert "compression" in model.state_dict()
     for P, h in zip(model.matrices.values(), hidden(model), strict=True):
         assert_close(P.grad, (G @ before).T @ h)
     *_, Q = model.learn_feedback(compression=lambda Q, e: 2 * Q + e.sum())
@@ -497,6 +498,8 @@ def test_the_gradient_of_local_classifiers():
             p = logits.exp() / logits.exp().sum(1, keepdim=True)
             p[kept, rows[kept]] -= 1
             assert_close(B.grad, (p * kept[:, None]).T @ h / kept.sum())
+    stepped(model, torch.full_like(TARGET, -100))
+    assert all(not B.grad.any() for B in model.matrices.values())
 
 
 def test_local_classifiers_of_probabilities():

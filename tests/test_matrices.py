@@ -463,6 +463,7 @@ def test_both_factors_at_an_image_under_autocast_and_compiled():
         with torch.autocast("cpu", torch.bfloat16):
             return model(x)
 
+    torch._dynamo.reset()  # another test's sizes would make these dynamic
     runs = [(model, 1e-5), (under_autocast, 2e-2), (torch.compile(model, fullgraph=True), 1e-5)]
     for run, tolerance in runs:
         of_p, of_q = stepped(run)

@@ -5,7 +5,8 @@ it is there before. Checkpointing saves one activation for each of sqrt(depth) s
 1604.06174), once with an ordinary optimizer, once with one that updates each parameter in backward,
 so that the gradients do not exist all at once there either. On the CPU fastdfa multiplies by
 `torch.mm` here, as backprop does, so that no ratio is that of two libraries; streaming once more by
-the products that it takes of itself, where those are its own.
+the products that it takes of itself, where those are its own. *One pass* is streaming with the
+target in place of the error (DRTP), where layers learn during the forward pass.
 
     python benchmarks/memory.py [--quick] [--device cuda]
 
@@ -43,7 +44,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.checkpoint import checkpoint_sequential
 
 import fastdfa
-from fastdfa import gemm
+from fastdfa import gemm, signals
 
 CLASSES = 10
 SETTINGS = {"lr": 1e-3, "momentum": 0.9}
@@ -54,6 +55,8 @@ SIDES = {
     "fastdfa": "#63b0c9",
     "streaming": "#1f6f8b",
     "streaming, own products": "#7fb77e",
+    "one pass": "#a23b72",
+    "one pass, own products": "#e29dbf",
 }
 
 
@@ -114,10 +117,11 @@ def plain_network(case: Case) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(width, CLASSES))
 
 
-def fused_network(case: Case) -> fastdfa.DFA:
+def fused_network(case: Case, signal: str | signals.Signal = "error") -> fastdfa.DFA:
     width = case.width
     hidden = [fastdfa.Linear(width, width, activation="tanh") for _ in range(case.depth)]
-    return fastdfa.DFA(nn.Sequential(*hidden, fastdfa.Linear(width, CLASSES)))
+    layers = nn.Sequential(*hidden, fastdfa.Linear(width, CLASSES))
+    return fastdfa.DFA(layers, fastdfa.Feedback(signal=signal))
 
 
 def update_in_backward(model: nn.Module) -> None:
@@ -132,6 +136,17 @@ def update_in_backward(model: nn.Module) -> None:
         parameter.register_post_accumulate_grad_hook(update)
 
 
+def streaming(model: fastdfa.DFA) -> Callable[[Tensor, Tensor], Any]:
+    """Of an error or a target."""
+    step = fastdfa.StreamingStep(model, SGD(model.parameters(), **SETTINGS))
+
+    def on(x: Tensor, y: Tensor) -> None:
+        model.target = y if model.feedback.sends.needs_target else None
+        step(lambda: F.cross_entropy(model(x), y))
+
+    return on
+
+
 def steps_of(case: Case, device: str) -> dict[str, Step]:
     """Every way to make a step of this size, by name."""
     torch.manual_seed(0)
@@ -139,8 +154,8 @@ def steps_of(case: Case, device: str) -> dict[str, Step]:
     y = torch.randint(CLASSES, (case.batch,)).to(device)
     plain, checkpointed, in_backward = (plain_network(case).to(device) for _ in range(3))
     ordinary, streamed = (fused_network(case).to(device) for _ in range(2))
+    targeted = fused_network(case, signals.Target(raw=True)).to(device)
     update_in_backward(in_backward)
-    streaming = fastdfa.StreamingStep(streamed, SGD(streamed.parameters(), **SETTINGS))
 
     def by_segments(model: nn.Sequential) -> Callable[[Tensor], Tensor]:
         segments = round(case.depth**0.5)
@@ -156,13 +171,14 @@ def steps_of(case: Case, device: str) -> dict[str, Step]:
             in_backward, by_segments(in_backward), None
         ),
         "fastdfa": with_optimizer(ordinary, ordinary),
-        "streaming": lambda x, y: streaming(lambda: F.cross_entropy(streamed(x), y)),
+        "streaming": streaming(streamed),
+        "one pass": streaming(targeted),
     }
     made: dict[str, Step] = {name: OnBatch(step, x, y) for name, step in steps.items()}
     if device == "cpu":
         if gemm.library() == "fastdfa":
-            made["streaming, own products"] = made["streaming"]
-        made |= {name: by_torch_mm(made[name]) for name in ("fastdfa", "streaming")}
+            made |= {f"{name}, own products": made[name] for name in ("streaming", "one pass")}
+        made |= {name: by_torch_mm(made[name]) for name in ("fastdfa", "streaming", "one pass")}
     return made
 
 

@@ -451,8 +451,8 @@ def kernels_cuda() -> str:
 
 def memory_table(results: dict[str, Any], where: str) -> str:
     names = ["backprop", "checkpointed", "checkpointed, updates in backward"]
-    names += ["fastdfa", "streaming"]
-    timed = [*names[1:], "streaming, own products"]
+    names += ["fastdfa", "streaming", "one pass"]
+    timed = [*names[1:], "streaming, own products", "one pass, own products"]
     rows = [
         [
             row["case"],
@@ -462,12 +462,12 @@ def memory_table(results: dict[str, Any], where: str) -> str:
         for row in results["rows"] + results["narrow"]
     ]
     head = ["hidden layers x width / batch", "backprop, MiB", "checkpointed"]
-    head += ["and updated in backward", "fastdfa", "**streaming**"]
+    head += ["and updated in backward", "fastdfa", "**streaming**", "**one pass**"]
     head += ["checkpointed, time", "and updated in backward", "fastdfa", "**streaming**"]
-    head += ["streaming, own products"]
+    head += ["**one pass**", "streaming, own products", "one pass, own products"]
     return (
         "Peak MiB of a training step with its gradients, and its time, eager backprop = 1 (10 "
-        "classes, tanh, float32, SGD with momentum, by `torch.mm` but for the last; medians of "
+        "classes, tanh, float32, SGD with momentum, by `torch.mm` but for the last two; medians of "
         f"interleaved rounds; {where}):\n\n{table(head, rows)}"
     )
 

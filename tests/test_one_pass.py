@@ -103,7 +103,7 @@ def test_by_the_formula(workspace):
 
 
 @dataclass(frozen=True)
-class Smooth(fastdfa.signals.Signal):
+class Smooth(signals.Signal):
     """A signal of one's own: label smoothing, of the target alone."""
 
     needs_error: ClassVar[bool] = False
@@ -127,6 +127,26 @@ def test_which_signals_need_no_error(signal, passes, workspace):
     model.target = Y
     step(lambda: (model(X) * G).sum())
     assert set(calls.values()) == {passes}
+
+
+@dataclass(frozen=True)
+class Wrong(signals.Signal):
+    """Reads the error that it says it does not need."""
+
+    needs_error: ClassVar[bool] = False
+
+    def of(self, error, output, target):
+        return error
+
+
+def test_an_error_that_is_read_before_it_is_known():
+    """Nothing that looks like one: it is seen at once."""
+    model = mlp([5, 8, 7, 3], feedback=fastdfa.Feedback(seed=1, signal=Wrong(raw=True)))
+    step = ready(model)
+    assert all(p.isfinite().all() for p in model.parameters())
+    model.target = Y
+    step(lambda: (model(X) * G).sum())
+    assert model.module[0].weight.isnan().all()
 
 
 @pytest.mark.parametrize("options", [
@@ -293,7 +313,7 @@ def test_modes_and_layers_that_change(workspace):
     def between(net, n):
         net.train(n != 1)
         if n == 2:
-            net.module[2] = linear(8, 7).requires_grad_(False)
+            net.module[2] = linear(8, 7)  # of no optimizer
             torch.manual_seed(n)
             nn.init.normal_(net.module[2].weight)
             nn.init.zeros_(net.module[2].bias)

@@ -459,6 +459,9 @@ class _UpdatingPass(Tape):
     """
 
     looks_ahead = False  # that would keep activations
+    role: str  # which pass this is, which it must equal, and what else could be done
+    before: str
+    advice: str
 
     def __init__(
         self, call: _Call, known: _Known, error: Tensor, output: Tensor, updates: _Updates
@@ -491,19 +494,19 @@ class _UpdatingPass(Tape):
             self._cut[x] = True
             self.waiting[self.reached] = self.point(layer, x, rows, features)
             self.newest = None  # it would keep the layers before
-            self._reach((layer, self.waiting[self.reached].shape))
+            self._reach(layer, self.waiting[self.reached].shape)
             if self.held >= plan.workspace(x.device):
                 self._send()
         return x.detach()
 
-    def _reach(self, got: tuple[nn.Module, torch.Size] | None) -> None:
-        """Comes to the next source: a point or, for None, the output."""
+    def _reach(self, layer: nn.Module | None, shape: torch.Size) -> None:
+        """Comes to the next source: the point of a layer or, for None, the output."""
         left = self.known.points[self.reached : self.reached + 1]
-        wanted = (left[0].layer, left[0].shape) if left else None
-        if got != wanted:
+        wanted = (left[0].layer, left[0].shape) if left else (None, self.known.output.shape)
+        if (layer, shape) != wanted:
             raise RuntimeError(
-                f"{self.role} of a StreamingStep came to {_described(got)} where "
-                f"{self.before} came to {_described(wanted)}, and some layers may be updated "
+                f"{self.role} of a StreamingStep came to {_described(layer, shape)} where "
+                f"{self.before} came to {_described(*wanted)}, and some layers may be updated "
                 f"already: a model must do the same in both, {self.advice}"
             )
         due = self.known.schedule.due[self.reached]
@@ -555,7 +558,7 @@ class _SecondPass(_UpdatingPass):
     advice = "so random choices by torch's generators alone"
 
     def end(self, y: Tensor) -> Tensor:
-        self._reach(None)
+        self._reach(None, y.shape)
         self._send((y, self.error))
         if self.tap is not None:
             raise _End
@@ -583,7 +586,7 @@ class _OnlyPass(_UpdatingPass):
     def end(self, y: Any) -> Tensor:
         check_output(y, self.root.output)
         self._send()
-        self._reach(None)
+        self._reach(None, y.shape)
         self.output = _blank(y.detach())
         return y if y.requires_grad else y.detach().requires_grad_()  # above it nothing learns
 
@@ -786,8 +789,7 @@ def _check_loss(loss: Any, tapes: list[FirstPass | _OnlyPass]) -> None:
         )
 
 
-def _described(reading: tuple[nn.Module, torch.Size] | None) -> str:
-    if reading is None:
-        return "the output"
-    layer, shape = reading
+def _described(layer: nn.Module | None, shape: torch.Size) -> str:
+    if layer is None:
+        return f"the output, of shape {tuple(shape)}"
     return f"a point of shape {tuple(shape)} before {type(layer).__name__}"

@@ -529,3 +529,15 @@ def test_a_model_that_calls_other_layers(workspace):
         model.target = Y
         step(lambda: (model(X) * G).sum())
         assert calls["layers.0"] == calls["layers.2"] == passes
+
+
+def test_an_output_of_other_rows():
+    """Under the same sizes: the signal was of as many rows as before."""
+    model = mlp([5, 8, 7, 3], feedback=RULE)
+    rows = 6
+    model.module.append(Apply(lambda y: y[:rows]))
+    step = ready(model)
+    rows, model.target = 4, Y
+    with refused(["only pass", "the output, of shape (4, 3)", "(6, 3)", "updated"], RuntimeError):
+        step(lambda: (model(X) * G[:4]).sum())
+    assert all(p.grad is None for p in model.parameters())

@@ -5,10 +5,12 @@ it is there before. Checkpointing saves one activation for each of sqrt(depth) s
 1604.06174), once with an ordinary optimizer, once with one that updates each parameter in backward,
 so that the gradients do not exist all at once there either. On the CPU fastdfa multiplies by
 `torch.mm` here, as backprop does, so that no ratio is that of two libraries; streaming once more by
-the products that it takes of itself, where those are its own. *One pass* is streaming with the
-target in place of the error (DRTP), where layers learn during the forward pass.
+the products that it takes of itself, where those are its own.
 
-    python benchmarks/memory.py [--quick] [--device cuda]
+    python benchmarks/memory.py [--quick] [--one-pass] [--device cuda]
+
+With `--one-pass` streaming by the error stands beside streaming by the target (DRTP), where layers
+learn during the only forward pass, and checkpointing is left out.
 
 On a GPU wider and with more rows, as the workspace, which streaming fills, is larger there.
 """
@@ -16,7 +18,7 @@ On a GPU wider and with more rows, as the workspace, which streaming fills, is l
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,9 +57,9 @@ SIDES = {
     "fastdfa": "#63b0c9",
     "streaming": "#1f6f8b",
     "streaming, own products": "#7fb77e",
-    "one pass": "#a23b72",
-    "one pass, own products": "#e29dbf",
 }
+ONE_PASS = ("backprop", "fastdfa", "streaming", "one pass", "streaming, own products")
+ONE_PASS += ("one pass, own products",)
 
 
 class Case(NamedTuple):
@@ -182,12 +184,13 @@ def steps_of(case: Case, device: str) -> dict[str, Step]:
     return made
 
 
-def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
+def measure(case: Case, rounds: int, device: str, sides: Iterable[str]) -> dict[str, Any]:
     """One row: milliseconds, time relative to backprop, peak memory."""
     console.print(f"measuring {case.name} ...", style="dim")
-    steps, failed = working(steps_of(case, device), case.name)
+    made = steps_of(case, device)
+    steps, failed = working({n: made[n] for n in sides if n in made}, case.name)
     times = interleaved(steps, rounds, 0.1, device)
-    peaks = {n: peak_memory(steps[n], device) / 2**20 for n in SIDES if n in steps}
+    peaks = {n: peak_memory(steps[n], device) / 2**20 for n in steps}
     return {
         "case": case.name,
         **case._asdict(),
@@ -256,6 +259,7 @@ def cases(device: str, quick: bool) -> tuple[list[Case], list[Case]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two depths, half a minute")
+    parser.add_argument("--one-pass", action="store_true", help="streaming by error and target")
     parser.add_argument("--no-picture", action="store_true", help="write the numbers alone")
     add_arguments(parser, rounds=3)
     options = parser.parse_args()
@@ -263,18 +267,20 @@ def main() -> None:
     keep_freed_memory()
     sweep, narrow = cases(options.device, options.quick)
     budget, rows = Budget(options.budget), []
-    name = result_name("memory", options.device, options.quick)
+    sides = ONE_PASS if options.one_pass else SIDES
+    name = "memory-one-pass" if options.one_pass else "memory"
+    name = result_name(name, options.device, options.quick)
     for case in [*sweep, *narrow]:
         if not budget.allows(case.name):
             continue
-        rows.append(measure(case, options.rounds, options.device))
+        rows.append(measure(case, options.rounds, options.device, sides))
         # After every case: a run that is stopped leaves what it has measured.
         path = save(
             name, rows[: len(sweep)], options.out, options.device,
             narrow=rows[len(sweep) :], left_out=budget.left_out,
         )  # fmt: skip
     show(rows)
-    if not options.no_picture:
+    if not (options.no_picture or options.one_pass):
         draw(rows[: len(sweep)], path.with_suffix(".png"))
     console.print(f"written: {path}")
 

@@ -7,7 +7,10 @@ so that the gradients do not exist all at once there either. On the CPU fastdfa 
 `torch.mm` here, as backprop does, so that no ratio is that of two libraries; streaming once more by
 the products that it takes of itself, where those are its own.
 
-    python benchmarks/memory.py [--quick] [--device cuda]
+    python benchmarks/memory.py [--quick] [--one-pass] [--device cuda]
+
+With `--one-pass` streaming by the error stands beside streaming by the target (DRTP), where layers
+learn during the only forward pass, and checkpointing is left out.
 
 On a GPU wider and with more rows, as the workspace, which streaming fills, is larger there.
 """
@@ -15,7 +18,7 @@ On a GPU wider and with more rows, as the workspace, which streaming fills, is l
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +46,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.checkpoint import checkpoint_sequential
 
 import fastdfa
-from fastdfa import gemm
+from fastdfa import gemm, signals
 
 CLASSES = 10
 SETTINGS = {"lr": 1e-3, "momentum": 0.9}
@@ -55,6 +58,8 @@ SIDES = {
     "streaming": "#1f6f8b",
     "streaming, own products": "#7fb77e",
 }
+ONE_PASS = ("backprop", "fastdfa", "streaming", "one pass", "streaming, own products")
+ONE_PASS += ("one pass, own products",)
 
 
 class Case(NamedTuple):
@@ -114,10 +119,11 @@ def plain_network(case: Case) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(width, CLASSES))
 
 
-def fused_network(case: Case) -> fastdfa.DFA:
+def fused_network(case: Case, signal: str | signals.Signal = "error") -> fastdfa.DFA:
     width = case.width
     hidden = [fastdfa.Linear(width, width, activation="tanh") for _ in range(case.depth)]
-    return fastdfa.DFA(nn.Sequential(*hidden, fastdfa.Linear(width, CLASSES)))
+    layers = nn.Sequential(*hidden, fastdfa.Linear(width, CLASSES))
+    return fastdfa.DFA(layers, fastdfa.Feedback(signal=signal))
 
 
 def update_in_backward(model: nn.Module) -> None:
@@ -132,6 +138,17 @@ def update_in_backward(model: nn.Module) -> None:
         parameter.register_post_accumulate_grad_hook(update)
 
 
+def streaming(model: fastdfa.DFA) -> Callable[[Tensor, Tensor], Any]:
+    """Of an error or a target."""
+    step = fastdfa.StreamingStep(model, SGD(model.parameters(), **SETTINGS))
+
+    def on(x: Tensor, y: Tensor) -> None:
+        model.target = y if model.feedback.sends.needs_target else None
+        step(lambda: F.cross_entropy(model(x), y))
+
+    return on
+
+
 def steps_of(case: Case, device: str) -> dict[str, Step]:
     """Every way to make a step of this size, by name."""
     torch.manual_seed(0)
@@ -139,8 +156,8 @@ def steps_of(case: Case, device: str) -> dict[str, Step]:
     y = torch.randint(CLASSES, (case.batch,)).to(device)
     plain, checkpointed, in_backward = (plain_network(case).to(device) for _ in range(3))
     ordinary, streamed = (fused_network(case).to(device) for _ in range(2))
+    targeted = fused_network(case, signals.Target(raw=True)).to(device)
     update_in_backward(in_backward)
-    streaming = fastdfa.StreamingStep(streamed, SGD(streamed.parameters(), **SETTINGS))
 
     def by_segments(model: nn.Sequential) -> Callable[[Tensor], Tensor]:
         segments = round(case.depth**0.5)
@@ -156,22 +173,24 @@ def steps_of(case: Case, device: str) -> dict[str, Step]:
             in_backward, by_segments(in_backward), None
         ),
         "fastdfa": with_optimizer(ordinary, ordinary),
-        "streaming": lambda x, y: streaming(lambda: F.cross_entropy(streamed(x), y)),
+        "streaming": streaming(streamed),
+        "one pass": streaming(targeted),
     }
     made: dict[str, Step] = {name: OnBatch(step, x, y) for name, step in steps.items()}
     if device == "cpu":
         if gemm.library() == "fastdfa":
-            made["streaming, own products"] = made["streaming"]
-        made |= {name: by_torch_mm(made[name]) for name in ("fastdfa", "streaming")}
+            made |= {f"{name}, own products": made[name] for name in ("streaming", "one pass")}
+        made |= {name: by_torch_mm(made[name]) for name in ("fastdfa", "streaming", "one pass")}
     return made
 
 
-def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
+def measure(case: Case, rounds: int, device: str, sides: Iterable[str]) -> dict[str, Any]:
     """One row: milliseconds, time relative to backprop, peak memory."""
     console.print(f"measuring {case.name} ...", style="dim")
-    steps, failed = working(steps_of(case, device), case.name)
+    made = steps_of(case, device)
+    steps, failed = working({n: made[n] for n in sides if n in made}, case.name)
     times = interleaved(steps, rounds, 0.1, device)
-    peaks = {n: peak_memory(steps[n], device) / 2**20 for n in SIDES if n in steps}
+    peaks = {n: peak_memory(steps[n], device) / 2**20 for n in steps}
     return {
         "case": case.name,
         **case._asdict(),
@@ -240,6 +259,7 @@ def cases(device: str, quick: bool) -> tuple[list[Case], list[Case]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two depths, half a minute")
+    parser.add_argument("--one-pass", action="store_true", help="streaming by error and target")
     parser.add_argument("--no-picture", action="store_true", help="write the numbers alone")
     add_arguments(parser, rounds=3)
     options = parser.parse_args()
@@ -247,18 +267,20 @@ def main() -> None:
     keep_freed_memory()
     sweep, narrow = cases(options.device, options.quick)
     budget, rows = Budget(options.budget), []
-    name = result_name("memory", options.device, options.quick)
+    sides = ONE_PASS if options.one_pass else SIDES
+    name = "memory-one-pass" if options.one_pass else "memory"
+    name = result_name(name, options.device, options.quick)
     for case in [*sweep, *narrow]:
         if not budget.allows(case.name):
             continue
-        rows.append(measure(case, options.rounds, options.device))
+        rows.append(measure(case, options.rounds, options.device, sides))
         # After every case: a run that is stopped leaves what it has measured.
         path = save(
             name, rows[: len(sweep)], options.out, options.device,
             narrow=rows[len(sweep) :], left_out=budget.left_out,
         )  # fmt: skip
     show(rows)
-    if not options.no_picture:
+    if not (options.no_picture or options.one_pass):
         draw(rows[: len(sweep)], path.with_suffix(".png"))
     console.print(f"written: {path}")
 

@@ -478,6 +478,25 @@ def memory() -> str:
     return memory_table(results, where(results["machine"]))
 
 
+def one_pass() -> str:
+    """Streaming with the target in place of the error, beside streaming."""
+    results = read("memory-one-pass")
+    sides = ["backprop", "fastdfa", "streaming", "one pass"]
+    timed = [*sides[1:], "streaming, own products", "one pass, own products"]
+    rows = [
+        [
+            row["case"],
+            *[f"{row['peak_mib'][name]:.1f}" for name in sides],
+            *[median(row["to_backprop"], name, "{:.2f}".format) for name in timed],
+        ]
+        for row in results["rows"] + results["narrow"]
+    ]
+    head = ["hidden layers x width / batch", "backprop, MiB", "fastdfa", "streaming"]
+    head += ["**one pass**", "fastdfa, time", "streaming", "**one pass**"]
+    head += ["streaming, own products", "**one pass**, own products"]
+    return f"({where(results['machine'])}; backprop's time = 1):\n\n{table(head, rows)}"
+
+
 def memory_cuda() -> str:
     if not measured("memory-cuda"):
         return "Memory over depth: not measured on a GPU yet."
@@ -527,6 +546,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "growth": growth,
     "accuracy": accuracy,
     "memory": memory,
+    "one-pass": one_pass,
     "kernels": kernels,
     "products": products,
     "overhead": overhead,

@@ -36,13 +36,21 @@ class Signal(ABC):
 
     raw: bool = False
     centred: bool = False
+    needs_error: ClassVar[bool] = True
     needs_output: ClassVar[bool] = False
     needs_target: ClassVar[bool] = False
+
+    @property
+    def known_ahead(self) -> bool:
+        """Whether it needs nothing of the forward pass: neither the error nor the output, nor the
+        length of the error's rows. Then layers can learn in that pass (see `StreamingStep`)."""
+        return self.raw and not (self.needs_error or self.needs_output)
 
     @abstractmethod
     def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
         """[M, C] from the error e [M, C]; the output y and the target, [M, C], where they are
-        needed. In float32, or float64 where e is."""
+        needed. In float32, or float64 where e is. The entries of an e that is not needed may be
+        NaN."""
 
     def columns(self, classes: int) -> int:
         """How many the signal of an error of so many classes has."""
@@ -109,6 +117,7 @@ class Target(Signal):
     so that its sign is of no account to the hidden layers alone.
     """
 
+    needs_error: ClassVar[bool] = False
     needs_target: ClassVar[bool] = True
 
     def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:

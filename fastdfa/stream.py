@@ -4,15 +4,18 @@ DFA makes no layer's gradient from another's: once the error is known, a layer c
 soon as it has run. So there are two forward passes. The first saves nothing and gives the error;
 the second feeds every point as it cuts, updates what is before it, and goes on (MEM-DFA, arXiv
 2012.11745). That is a forward pass more than an ordinary step takes: backprop's arithmetic.
+
+What is made of the target alone needs no error (DRTP, arXiv 1909.01311). Then the only pass is one
+like the second, and the error trains what is above the last point.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -25,7 +28,8 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import capture, graph, plan
-from .dfa import DFA, Layout, check_output
+from .dfa import DFA, Layout, Settled, check_output
+from .matrices import learning
 from .tape import Edge, LayerRecord, Point, Tape, state
 
 
@@ -45,11 +49,18 @@ class StreamingStep:
     twice. The first step also records the graph, without activations, to know when a gradient is
     complete; a later one that calls other layers than the one before takes a third pass for that.
 
+    Where the signal is `signals.Target(raw=True)`, or another that is `known_ahead`, nothing waits
+    for the error but what is above the last point, and the network runs once: every layer is
+    updated while the closure calls the model (DRTP, arXiv 1909.01311). A call of sizes that were
+    not there before takes two passes, to record when gradients are complete. (With `raw=False` the
+    rows of a signal are as long as those of the error, and so need it.)
+
     The optimizer remains an ordinary one, with its groups, `state_dict` and schedulers; its `step`
     is called for some parameters at a time. So what needs all gradients at once cannot be had:
     LBFGS, clipping by the global norm, `GradScaler` (bfloat16 needs none), accumulation of
-    gradients. A parameter that several blocks use is updated after the last of them, and what
-    follows the output named by `DFA(output=)` at the end of the step.
+    gradients. A parameter that several blocks use is updated after the last of them; what follows
+    the output named by `DFA(output=)`, and in a single pass what the loss itself reads, at the end
+    of the step. A B that learns is updated with the layer that it feeds, after that.
 
     Args:
         model: a `DFA`, or a module that holds one.
@@ -65,6 +76,7 @@ class StreamingStep:
         _check_optimizer(optimizer, self.root)
         self.optimizer = optimizer
         self._schedule: _Schedule | None = None
+        self._known: dict[Hashable, _Known] = {}
 
     def __call__(self, closure: Callable[[], Tensor]) -> Tensor:
         """Makes a step. Returns the loss, detached.
@@ -78,53 +90,92 @@ class StreamingStep:
                 grad or are modified in place, a loss that reaches into the model, a model called
                 never or twice, inside `backprop`, `no_grad`, `DistributedDataParallel` or the
                 capture of a CUDA graph. In the middle of the step, where the second pass reads
-                other points than the first, or where the optimizer or a layer's backward fails:
-                some layers are updated then.
+                other points than the first, or where the optimizer, a layer's backward or a rule
+                of learning fails: some layers are updated then.
+
+        In a single pass the layers are updated before the loss is known. So whatever fails after
+        the model's first layers, in the model, the closure or the loss, leaves them updated, as
+        does a loss that is not finite; and a model must read the same points whenever its inputs
+        have the same sizes. What can be checked before the pass is: the target, the arguments of
+        the model, and all else that the sizes tell.
         """
         parameters = self._parameters()
         self._check(parameters)
         updates = _Updates(self.optimizer)
         try:
-            loss, error, first = self._first_pass(closure)
-            if error is not None:
-                self._second_pass(first, error, updates)
+            loss, tape = self._evaluate(closure, updates)
+            tape.backward(loss)
+            loss = loss.detach()
+            if isinstance(tape, _OnlyPass):
+                self._known[tape.call.key] = tape.known
+            elif tape.output.grad is not None:
+                self._second_pass(tape, updates)
             updates.finish()
         finally:
             for parameter in parameters:
                 parameter.grad = None
         return loss
 
-    def _first_pass(self, closure: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None, FirstPass]:
-        """The loss, the error at the output (None where the loss does not read it), and the pass.
-
-        What follows that output, and what else the loss reads, have their gradients then.
-        """
-        first = FirstPass(self.root, survey=self._schedule is None)
-        state.instead[self.root] = first.forward
+    def _evaluate(
+        self, closure: Callable[[], Tensor], updates: _Updates
+    ) -> tuple[Tensor, FirstPass | _OnlyPass]:
+        """The loss, and the pass of the model that it came from."""
+        tapes: list[FirstPass | _OnlyPass] = []
+        state.instead[self.root] = partial(self._forward, tapes, updates)
         try:
             loss = closure()
         finally:
             del state.instead[self.root]
-        _check_loss(loss, first)
-        with first.call.without_autocast():
-            loss.backward()
-        return loss.detach(), first.output.grad, first
+        _check_loss(loss, tapes)
+        return loss, tapes[0]
 
-    def _second_pass(self, first: FirstPass, error: Tensor, updates: _Updates) -> None:
+    @torch.compiler.disable
+    def _forward(
+        self,
+        tapes: list[FirstPass | _OnlyPass],
+        updates: _Updates,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """In place of the root's own forward."""
+        if tapes:
+            raise RuntimeError(
+                "the closure of a StreamingStep called the DFA twice, and so has two errors: call "
+                "it once, on the concatenated inputs"
+            )
+        call = _Call(self.root, args, kwargs)
+        # Put back at the end of the step: after one that failed this call takes two passes again.
+        known = self._known.pop(call.key, None)
+        if known is not None and self._in_one_pass:
+            tapes.append(_OnlyPass(call, known, updates))
+        else:
+            call.record()
+            tapes.append(FirstPass(call, survey=self._schedule is None))
+        return call.run(tapes[0])
+
+    @property
+    def _in_one_pass(self) -> bool:
+        return self.root.feedback.sends.known_ahead and self.root.learning is None
+
+    def _second_pass(self, first: FirstPass, updates: _Updates) -> None:
         """Updates every parameter that learns from the error, [*rows, C]."""
         call = first.call
         if first.survey:
             self._schedule = first.schedule
         elif not self._schedule.fits(first):
-            survey = FirstPass(self.root, survey=True, call=call)
+            survey = FirstPass(call, survey=True)
             call.run_again(survey)
             self._schedule = survey.schedule
         points = [first.readings[index] for index in self._schedule.points]
-        layout = self.root._lay_out(points, self.root._name(points), error)
-        second = _SecondPass(call, self._schedule, layout, points, error, updates)
-        second.sent = self.root._signal(error, first.output)
+        layout = self.root._lay_out(points, self.root._name(points), first.output)
+        known = _Known(self._schedule, points, layout, _blank(first.output.detach()))
+        if self._in_one_pass:
+            known = known.without({p for p in call.parameters if p.grad is not None})
+        second = _SecondPass(call, known, first.output.grad, first.output.detach(), updates)
         first.output = None  # the logits may be large
         call.run_again(second)
+        if self._in_one_pass:
+            self._known[call.key] = known
 
     def _parameters(self) -> list[Tensor]:
         """Those of the model and of the optimizer."""
@@ -140,11 +191,6 @@ class StreamingStep:
             raise RuntimeError(
                 "a StreamingStep was called inside fastdfa.backprop(model): true gradients need "
                 "all activations at once, so make an ordinary step there"
-            )
-        if self.root.learning is not None:
-            raise RuntimeError(
-                "a StreamingStep was called for a DFA whose feedback learns, for which it has no "
-                "gradients: make an ordinary step"
             )
         capture.refuse(
             "a CUDA graph was being captured when a StreamingStep was called, which sets the state "
@@ -168,19 +214,29 @@ class _Call:
         self.versions = _versions(self.inputs)
         self.modules = list(root.module.modules())  # to find them takes 1 us a layer
         groups = [module._parameters.values() for module in self.modules]
-        parameters = [p for group in groups for p in group if p is not None]
-        self.trained = tuple(parameter.requires_grad for parameter in parameters)
-        self.places = {x.device: x for x in [*parameters, *self.inputs]}  # one for each device
+        self.parameters = [p for group in groups for p in group if p is not None]
+        self.trained = tuple(parameter.requires_grad for parameter in self.parameters)
+        self.places = {x.device: x for x in [*self.parameters, *self.inputs]}  # one each device
         kinds = {device.type for device in self.places}
         self.kinds = [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in self.kinds
         ]
+        self.key = self._key()
+
+    def _key(self) -> Hashable:
+        """What calls have in common that most likely read the same points of the same sizes."""
+        given = [*tree_leaves((self.args, self.kwargs)), self.root.target]
+        modes = (self.root.training, *self.autocast)
+        return (*map(_size, given), *self.kwargs, *modes, *self.modules, *self.trained)
+
+    def record(self) -> None:
+        """Keeps what `run_again` puts back."""
         self.random = _random_state(self.places)
         self.buffers = _copied(_buffers(self.modules))
 
-    def run(self, tape: FirstPass | _SecondPass) -> Any:
+    def run(self, tape: FirstPass | _UpdatingPass) -> Any:
         """A pass that writes on this tape; returns the module's output."""
         with ExitStack() as stack:
             for settings in self.autocast:
@@ -254,8 +310,8 @@ class FirstPass(Tape):
 
     looks_ahead = False  # that would keep activations
 
-    def __init__(self, root: DFA, survey: bool, call: _Call | None = None) -> None:
-        super().__init__(root, [], root._install_tap())
+    def __init__(self, call: _Call, survey: bool) -> None:
+        super().__init__(call.root, [], call.root._install_tap())
         self.survey = self.saves = survey
         self.call = call
         self.readings: list[_Reading] = []
@@ -263,17 +319,6 @@ class FirstPass(Tape):
         self.schedule: _Schedule | None = None
         self._cut = WeakTensorKeyDictionary()  # the first reading of every point
         self._ended: list[bool] = []
-
-    @torch.compiler.disable
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """In place of the root's own forward."""
-        if self.call is not None:
-            raise RuntimeError(
-                "the closure of a StreamingStep called the DFA twice, and so has two errors: call "
-                "it once, on the concatenated inputs"
-            )
-        self.call = _Call(self.root, args, kwargs)
-        return self.call.run(self)
 
     @contextmanager
     def mode(self) -> Iterator[None]:
@@ -324,6 +369,12 @@ class FirstPass(Tape):
         self._ended.append(True)
         self.output = y.detach().requires_grad_()
         return self.output
+
+    def backward(self, loss: Tensor) -> None:
+        """Gives the output its error, if the loss reads it, and all that follows it, or that the
+        loss reads besides, its gradient."""
+        with self.call.without_autocast():
+            loss.backward()
 
 
 class _Schedule(NamedTuple):
@@ -387,26 +438,40 @@ def _walk(starts: Iterable[Node | None]) -> tuple[list[int], dict[Tensor, set[in
     return turn, uses
 
 
-class _SecondPass(Tape):
-    """The pass that updates: feeds each point in its turn, and lets go of what is before it."""
+class _Known(NamedTuple):
+    """What a call of the model comes to."""
+
+    schedule: _Schedule
+    points: list[_Reading]
+    layout: Layout
+    output: Tensor  # at which the error is taken: a blank
+
+    def without(self, parameters: set[Tensor]) -> _Known:
+        """The same, with these to be updated at the end of the step."""
+        complete = [[p for p in turn if p not in parameters] for turn in self.schedule.complete]
+        return self._replace(schedule=self.schedule._replace(complete=complete))
+
+
+class _UpdatingPass(Tape):
+    """A pass that feeds each point in its turn, updates what is before it, and lets go of that.
+
+    Of the error e [*rows, C] and the output y, only what the signal needs is read.
+    """
 
     looks_ahead = False  # that would keep activations
+    role: str  # which pass this is, which it must equal, and what else could be done
+    before: str
+    advice: str
 
     def __init__(
-        self,
-        call: _Call,
-        schedule: _Schedule,
-        layout: Layout,
-        expected: list[_Reading],
-        error: Tensor,
-        updates: _Updates,
+        self, call: _Call, known: _Known, error: Tensor, output: Tensor, updates: _Updates
     ) -> None:
-        super().__init__(call.root, [], call.root._install_tap())
-        self.call, self.schedule, self.updates, self.error = call, schedule, updates, error
-        self.sent = error  # what is projected
-        self.expected = expected  # the points of the first pass
-        self.places = self.root._settled(layout)
-        self.widest = layout.widest if expected else 0
+        root = call.root
+        super().__init__(root, [], root._install_tap())
+        self.call, self.known, self.updates, self.error = call, known, updates, error
+        self.places = root._settled(known.layout)
+        self.widest = known.layout.widest if known.points else 0
+        self.sent = root._signal(error, output)  # what is projected
         self.reached = 0
         self.waiting: dict[int, Point] = {}  # points that have been reached and not fed
         self.due: list[int] = []  # sources whose turn has come
@@ -429,54 +494,105 @@ class _SecondPass(Tape):
             self._cut[x] = True
             self.waiting[self.reached] = self.point(layer, x, rows, features)
             self.newest = None  # it would keep the layers before
-            self._reach((layer, self.waiting[self.reached].shape))
+            self._reach(layer, self.waiting[self.reached].shape)
             if self.held >= plan.workspace(x.device):
-                self._send(_blank(self.error))
+                self._send()
         return x.detach()
 
+    def _reach(self, layer: nn.Module | None, shape: torch.Size) -> None:
+        """Comes to the next source: the point of a layer or, for None, the output."""
+        left = self.known.points[self.reached : self.reached + 1]
+        wanted = (left[0].layer, left[0].shape) if left else (None, self.known.output.shape)
+        if (layer, shape) != wanted:
+            raise RuntimeError(
+                f"{self.role} of a StreamingStep came to {_described(layer, shape)} where "
+                f"{self.before} came to {_described(*wanted)}, and some layers may be updated "
+                f"already: a model must do the same in both, {self.advice}"
+            )
+        due = self.known.schedule.due[self.reached]
+        self.due += due
+        self.complete += self.known.schedule.complete[self.reached]
+        self.held += sum(_bytes_held(self.waiting[k]) for k in due if k in self.waiting)
+        self.reached += 1
+
+    def _send(self, *true: tuple[Tensor, Tensor | None]) -> list[Node]:
+        """Feeds the points that are due, and updates what has its whole gradient then.
+
+        `true` are tensors with their true gradients, for what is above the last point. Returns
+        where the feedback entered the graph.
+        """
+        due = sorted(k for k in self.due if k in self.waiting)
+        points = [self.waiting.pop(k) for k in due]
+        nodes = [point.edge.node for point in points]
+        sent = [*true, *self._feeding(points, [self.places[k] for k in due])]
+        del points  # the graph holds what it needs, and frees it as it goes
+        sent = [pair for pair in sent if pair[0].requires_grad]
+        if sent:
+            with self.call.without_autocast():
+                torch.autograd.backward(*zip(*sent, strict=True))
+        self.updates.update(self.complete)
+        self.due, self.complete, self.held = [], [], 0.0
+        return nodes
+
+    def _feeding(self, points: list[Point], places: list[Settled]) -> list[tuple[Tensor, Tensor]]:
+        """What hands these points their feedback in backward, with what it is made of.
+
+        Each B that learns does so from the error itself, and is updated after it has fed.
+        """
+        if not points:
+            return []
+        root, y = self.root, _blank(self.error)
+        carrier = root._feed(points, places, self.widest, y, _blank(self.sent), in_turn=True)
+        if root.learning is None:
+            return [(carrier, self.sent)]
+        matrices = [root.matrices.of(place.name) for place in places]
+        self.complete += matrices
+        learnt = learning(root.learning, y, points, matrices)
+        return [(carrier, self.sent), (learnt, self.error)]
+
+
+class _SecondPass(_UpdatingPass):
+    """Knows the error from the first."""
+
+    role, before = "the second pass", "the first"
+    advice = "so random choices by torch's generators alone"
+
     def end(self, y: Tensor) -> Tensor:
-        self._reach(None)
-        self._send(y)
+        self._reach(None, y.shape)
+        self._send((y, self.error))
         if self.tap is not None:
             raise _End
         return y
 
-    def _reach(self, got: tuple[nn.Module, torch.Size] | None) -> None:
-        """Comes to the next source: a point or, for None, the output."""
-        left = self.expected[self.reached : self.reached + 1]
-        wanted = (left[0].layer, left[0].shape) if left else None
-        if got != wanted:
-            raise RuntimeError(
-                f"the second pass of a StreamingStep came to {_described(got)} where the first "
-                f"came to {_described(wanted)}, and some layers may be updated already: a model "
-                "must do the same in both, so random choices by torch's generators alone"
-            )
-        due = self.schedule.due[self.reached]
-        self.due += due
-        self.complete += self.schedule.complete[self.reached]
-        self.held += sum(_bytes_held(self.waiting[k]) for k in due if k in self.waiting)
-        self.reached += 1
 
-    def _send(self, y: Tensor) -> None:
-        """Feeds the points that are due, through y, and updates what has its whole gradient.
+class _OnlyPass(_UpdatingPass):
+    """Feeds what is made of the target, and leaves what is above the last point to the loss."""
 
-        y is the output or, before that, stands for it.
-        """
-        due = sorted(k for k in self.due if k in self.waiting)
-        points, places = [self.waiting.pop(k) for k in due], [self.places[k] for k in due]
-        outputs, grads = [y], [self.error]
-        if self.sent is not self.error:
-            outputs, grads = [y, _blank(self.sent)], [self.error, self.sent]
-        if points:
-            fed = self.root._feed(points, places, self.widest, y, outputs[-1], in_turn=True)
-            outputs[-1] = fed
-        del points  # the graph holds what it needs, and frees it as it goes
-        pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
-        if pairs:
-            with self.call.without_autocast():
-                torch.autograd.backward(*zip(*pairs, strict=True))
-        self.updates.update(self.complete)
-        self.due, self.complete, self.held = [], [], 0.0
+    role, before = "the only pass", "that of an earlier step with inputs of these sizes"
+    advice = "or its signal be one that needs the error, as signals.Target()"
+
+    def __init__(self, call: _Call, known: _Known, updates: _Updates) -> None:
+        # Not read, or seen in all that is made of it.
+        error = known.output.new_full((), math.nan).expand(known.output.shape)
+        super().__init__(call, known, error, known.output, updates)
+        self.output: Tensor | None = None
+
+    def _send(self, *true: tuple[Tensor, Tensor | None]) -> list[Node]:
+        nodes = super()._send(*true)
+        for node in nodes:  # a gradient from the loss would come too late
+            node.register_prehook(_refuse)
+        return nodes
+
+    def end(self, y: Any) -> Tensor:
+        check_output(y, self.root.output)
+        self._send()
+        self._reach(None, y.shape)
+        self.output = _blank(y.detach())
+        return y if y.requires_grad else y.detach().requires_grad_()  # above it nothing learns
+
+    def backward(self, loss: Tensor) -> None:
+        """Gives all that is above the last point, or that the loss reads besides, its gradient."""
+        self._send((loss, None))
 
 
 def _blank(x: Tensor) -> Tensor:
@@ -519,7 +635,7 @@ class _Updates:
             raise RuntimeError(
                 "a parameter received a gradient in a StreamingStep after it was updated: the "
                 "model uses its parameters otherwise than in the step before, though it calls the "
-                "same layers"
+                "same layers, or the loss does"
             )
         if not ready:
             return
@@ -579,6 +695,13 @@ def _random_state(places: dict[torch.device, Tensor]) -> RandomState:
 def _set_random_state(state: RandomState) -> None:
     torch.set_rng_state(state[0])
     set_device_states(*state[1])
+
+
+def _size(x: Any) -> Hashable:
+    """Of a tensor; a plain value itself."""
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype, x.device
+    return x if isinstance(x, (bool, int, float, str, type(None))) else type(x)
 
 
 def _versions(inputs: list[Tensor]) -> list[int]:
@@ -652,10 +775,10 @@ def _check_call(root: DFA, inputs: list[Tensor]) -> None:
         )
 
 
-def _check_loss(loss: Any, first: FirstPass) -> None:
+def _check_loss(loss: Any, tapes: list[FirstPass | _OnlyPass]) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(f"closure must return the loss, a tensor, got {type(loss).__name__}")
-    if first.output is None:
+    if not tapes or tapes[0].output is None:
         raise RuntimeError("closure must call the model, with gradients enabled, and did not")
     if loss.numel() != 1:
         raise ValueError(f"closure must return a scalar loss, got shape {tuple(loss.shape)}")
@@ -666,8 +789,7 @@ def _check_loss(loss: Any, first: FirstPass) -> None:
         )
 
 
-def _described(reading: tuple[nn.Module, torch.Size] | None) -> str:
-    if reading is None:
-        return "the output"
-    layer, shape = reading
+def _described(layer: nn.Module | None, shape: torch.Size) -> str:
+    if layer is None:
+        return f"the output, of shape {tuple(shape)}"
     return f"a point of shape {tuple(shape)} before {type(layer).__name__}"

@@ -239,6 +239,11 @@ def test_an_optimizer_moves_what_the_next_step_uses():
         optimizer.step()
 
 
+@pytest.mark.parametrize("rule", ["kolen_pollack", "cross_correlation", lambda B, e, h: 3 * B])
+def test_streaming_with_matrices_that_learn(rule):
+    assert_streams_as_it_steps(lambda: learning(rule))
+
+
 def test_positions():
     """What a point of positions reads counts as it is fed: a sum over positions, by their root."""
     layers = [nn.Conv2d(2, 3, 3), nn.ReLU(), fastdfa.FeedbackPoint(features=1), nn.Flatten()]
@@ -616,7 +621,3 @@ def test_what_cannot_learn():
     model = learning(lambda B, e, h: B[:2])
     with pytest.raises(ValueError, match=r"must return shape \(4, 7\), got \(2, 7\)"):
         step(model, X, G)
-    model = learning()
-    streaming = fastdfa.StreamingStep(model, torch.optim.SGD(model.parameters(), 0.1))
-    with pytest.raises(RuntimeError, match="whose feedback learns"):
-        streaming(lambda: F.cross_entropy(model(X), TARGET))

@@ -105,6 +105,72 @@ def test_rules(kind, rule, workspace):
     same_steps(build(kind, feedback=rule), loss_of(*data(kind)))
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("rule", ["kolen_pollack", "cross_correlation", lambda B, e, h: B**2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrices_that_learn(kind, rule, optimizer, workspace):
+    """From the error and what a point reads; a layer is fed by its B of before the update."""
+    model, loss = build(kind), loss_of(*data(kind))
+    loss(model)
+    matrices = model.learn_feedback(rule)
+    before = [B.detach().clone() for B in matrices]
+    step = same_steps(model, loss, OPTIMIZERS[optimizer], tolerance=1e-9)
+    assert len(matrices) == len(step.root.feedback_points)
+    assert not any(torch.equal(B, old) for B, old in zip(matrices, before, strict=True))
+
+
+@pytest.mark.parametrize("options", [
+    dict(feedback=fastdfa.Feedback(seed=1, signal="sign", error="sum")),
+    dict(feedback=fastdfa.Feedback(seed=1, signal=fastdfa.signals.Target(raw=True))),
+    dict(matrices=randn(3, 8)),
+])  # fmt: skip
+def test_matrices_that_learn_under_other_rules(options, workspace):
+    """The error teaches them, whatever is projected; and where one B was for all, each its own."""
+    model = mlp([5, 8, 7, 8, 3], **options)
+
+    def loss(net):
+        net.target = torch.tensor([0, 2, 1, 1, 0, 2])
+        return (net(X) * G).sum()
+
+    loss(model)
+    model.learn_feedback()
+    same_steps(model, loss)
+
+
+def test_matrices_that_learn_at_positions_and_behind_ways_round_a_cut(workspace):
+    layers = [nn.Conv2d(2, 4, 3), nn.ReLU(), fastdfa.FeedbackPoint(features=1)] * 2
+    layers[3:4] = [nn.Conv2d(4, 4, 3)]
+    spread = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 3))
+    inputs, g = data("cnn")
+    for net, x, options in ((spread, inputs, {}), (Skips(), (X,), {"allow_bypass": True})):
+        model = fastdfa.DFA(net.double(), feedback=RULE, **options)
+        model(*x)
+        model.learn_feedback()
+        same_steps(model, loss_of(x, g))
+
+
+def test_matrices_that_stay(workspace):
+    """Frozen ones, and those of no optimizer."""
+    model = mlp([5, 8, 7, 3])
+    model(X)
+    first, _ = model.learn_feedback()
+    first.requires_grad_(False)
+    same_steps(model, loss_of((X,), G))
+    first.requires_grad_(True)
+    same_steps(model, loss_of((X,), G), lambda p: sgd([q for q in p if q.shape[0] != 3]))
+
+
+def test_a_rule_of_learning_that_fails():
+    """In the middle of the step; no gradient is left."""
+    model = mlp([5, 8, 7, 3])
+    model(X)
+    model.learn_feedback(lambda B, e, h: B[:2])
+    step = fastdfa.StreamingStep(model, sgd(model.parameters()))
+    with refused(["rule of learning", "(3, 8)", "(2, 8)"], ValueError):
+        step(lambda: (model(X) * G).sum())
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_activations_and_biases(workspace):
     kinds, biases = ["gelu", "relu", "Softsign", "sigmoid"], [True, False, True, False, True]
     model = mlp([5, 8, 7, 6, 9, 3], kinds, biases)

@@ -288,9 +288,8 @@ class _UncutPass(Tape):
         before = [getattr(root, name) for name in kept]  # what the first pass of training checks
         try:
             layout = root._lay_out(points, names, self.error)
-            settled, target = root._settled(layout), root.target
-            sent = root._signal(self.error, self.output)
-            root.target = target
+            settled = root._settled(layout)
+            sent = root._signal(self.error, self.output, root.target)
             fed = root._feed(points, settled, layout.widest, self.error, sent, False)
         finally:
             for name, value in zip(kept, before, strict=True):

@@ -450,9 +450,9 @@ class DFA(Root):
         batches = plan.batches(points, feeds, in_turn, self.projector is not None)
         return [self._node(batch, seed, classes, widest) for batch in reversed(batches)]
 
-    def _signal(self, error: Tensor, output: Tensor) -> Tensor:
-        """What is projected: the error, or [M, columns] made of it. Takes the target."""
-        sender = self._sender(error.device, self._columns(error), self._take_target())
+    def _signal(self, error: Tensor, output: Tensor, target: Tensor | None) -> Tensor:
+        """What is projected: the error, or [M, columns] made of it."""
+        sender = self._sender(error.device, self._columns(error), target)
         return error if sender is None else sender.checked(output).of(error, output.detach())
 
     def _feed(

@@ -29,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import capture, graph, plan
 from .dfa import DFA, Layout, Settled, check_output
-from .matrices import learning
+from .matrices import learnt
 from .tape import Edge, LayerRecord, Point, Tape, state
 
 
@@ -471,7 +471,8 @@ class _UpdatingPass(Tape):
         self.call, self.known, self.updates, self.error = call, known, updates, error
         self.places = root._settled(known.layout)
         self.widest = known.layout.widest if known.points else 0
-        self.sent = root._signal(error, output)  # what is projected
+        self.target, self.learning = root._take_target(), root.learning
+        self.sent = root._signal(error, output, self.target)  # what is projected
         self.reached = 0
         self.waiting: dict[int, Point] = {}  # points that have been reached and not fed
         self.due: list[int] = []  # sources whose turn has come
@@ -543,12 +544,15 @@ class _UpdatingPass(Tape):
             return []
         root, y = self.root, _blank(self.error)
         carrier = root._feed(points, places, self.widest, y, _blank(self.sent), in_turn=True)
-        if root.learning is None:
+        learning = self.learning
+        if learning is None:
             return [(carrier, self.sent)]
         matrices = [root.matrices.of(place.name) for place in places]
         self.complete += matrices
-        learnt = learning(root.learning, y, points, matrices)
-        return [(carrier, self.sent), (learnt, self.error)]
+        # A Q that all points share learns once, and is updated at the end of the step.
+        self.learning = learning._replace(compression=None)
+        y = learnt(learning, y, self.target, root.compression, points, matrices)
+        return [(carrier, self.sent), (y, self.error)]
 
 
 class _SecondPass(_UpdatingPass):

@@ -123,9 +123,14 @@ def test_matrices_that_learn(kind, rule, optimizer, workspace):
     dict(feedback=fastdfa.Feedback(seed=1, signal="sign", error="sum")),
     dict(feedback=fastdfa.Feedback(seed=1, signal=fastdfa.signals.Target(raw=True))),
     dict(matrices=randn(3, 8)),
+    dict(feedback=fastdfa.Feedback(seed=1, rank=2)),
+    dict(feedback=fastdfa.Feedback(seed=1), rule="local_classifier"),
 ])  # fmt: skip
 def test_matrices_that_learn_under_other_rules(options, workspace):
-    """The error teaches them, whatever is projected; and where one B was for all, each its own."""
+    """The error teaches them, whatever is projected; where one B was for all, each its own, and a Q
+    for all is one parameter; a rule may read the target."""
+    options = dict(options)
+    rule = options.pop("rule", "kolen_pollack")
     model = mlp([5, 8, 7, 8, 3], **options)
 
     def loss(net):
@@ -133,8 +138,10 @@ def test_matrices_that_learn_under_other_rules(options, workspace):
         return (net(X) * G).sum()
 
     loss(model)
-    model.learn_feedback()
-    same_steps(model, loss)
+    learning = model.learn_feedback(rule)
+    before = [matrix.detach().clone() for matrix in learning]
+    same_steps(model, loss, tolerance=1e-9)
+    assert not any(torch.equal(*pair) for pair in zip(learning, before, strict=True))
 
 
 def test_matrices_that_learn_at_positions_and_behind_ways_round_a_cut(workspace):

@@ -120,7 +120,12 @@ def _cnn() -> list[Config]:
 
 
 def _best() -> list[Config]:
-    """The search for the best fully connected network, judged on 5,000 held-out images."""
+    """The search for the best fully connected network, judged on 5,000 held-out images.
+
+    After 12 epochs (Adam, 1e-3) these are 48.8% with flipped images; with batch norm 49.3, dropout
+    of 0.1 and 0.3 47.4, so and with two layers 46.8, whitened (3e-4) 42.9. With shifted ones, which
+    take longer to learn, 45.9; with batch norm 46.9, relu 39.0, B by Kolen-Pollack 45.4.
+    """
     base = Config(
         "best-adam", "best", optimizer="adam", lr=3e-4, schedule="cosine", error="mean",
         width=1024, held_out=5000,

@@ -221,7 +221,7 @@ class DFA(Root):
         pass adds to its `.grad` what the rule says, and an optimizer with these parameters updates
         it; give it the learning rate and weight decay of the weights for "kolen_pollack".
 
-        A B = Q P of low rank (`Feedback(rank=r)`) learns as LDFA does (arXiv 2502.20580): P_l [r,
+        A B = Q P of low rank (`Feedback(rank=r)`) learns after LDFA (arXiv 2502.20580): P_l [r,
         n_l] by the rule, from the compressed error e Q [M, r] in place of e; Q [C, r], which all
         points share, by another.
 

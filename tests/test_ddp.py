@@ -32,7 +32,7 @@ pytestmark = [
 
 ROWS, SEEDS = 8, (11, 22)
 DDP = ("fused", "general", "separate")
-KINDS = ("cnn", "transformer")
+KINDS = ("cnn", "transformer", "fa", "usf", "learning")
 SHARDED = ("mlp", "cnn", "resnet", "transformer", "recurrent")
 CUT_AT_THE_END = ("resnet", "converted", "fused")  # of networks whose blocks are sharded whole
 SECONDS = 60  # that torch alone may take; 3 are usual, for all
@@ -95,7 +95,22 @@ def build_any(kind):
             for n, m in ((5, 8), (8, 8))
         ]
         return fastdfa.DFA(nn.Sequential(*ends, nn.Linear(8, 3)).double(), RULE), "mlp"
+    if kind in ("fa", "usf"):
+        layers = [nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3)]
+        return fastdfa.LayerFeedback(nn.Sequential(*layers).double(), kind, seed=1), "mlp"
+    if kind == "learning":
+        model = build_kind("mlp")
+        run(model, *data("mlp", ROWS))
+        model.zero_grad()
+        model.learn_feedback()
+        return model, "mlp"
     return build_kind(kind), kind
+
+
+def trained(model):
+    """The parameters of a network and the B that learn, by name."""
+    matrices = getattr(model, "matrices", None) or {}
+    return {**dict(model.module.named_parameters()), **{f"B {k}": B for k, B in matrices.items()}}
 
 
 def half_of(kind, rank, wrap):
@@ -103,7 +118,7 @@ def half_of(kind, rank, wrap):
     the parameters that an optimizer would hold."""
     model, like = build_any(kind)
     wrapped = wrap(model.eval())  # so that batch normalisation does not see the half
-    parameters = dict(model.module.named_parameters())
+    parameters = trained(model)
     inputs, g = data(like, ROWS)
     rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
     for _ in range(2):
@@ -212,7 +227,7 @@ def test_networks_have_the_gradients_of_the_joint_batch(found, kind):
     joint, like = build_any(kind if isinstance(kind, str) else kind[0])
     run(joint.eval(), *data(like, ROWS))
     for rank in (0, 1):
-        assert_close(found[rank][kind], gradients(joint))
+        assert_close(found[rank][kind], {name: p.grad for name, p in trained(joint).items()})
 
 
 def test_the_joint_batch_sees_both_halves():

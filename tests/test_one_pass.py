@@ -321,6 +321,36 @@ def test_modes_and_layers_that_change(workspace):
     same_steps(model, loss_of((X,), G, Y), steps=5, between=between)
 
 
+class Deeper(nn.Module):
+    """Has a layer more while it is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.more, self.last = linear(5, 8), linear(8, 8), linear(8, 3)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(self.more(h) if self.training else h)
+
+
+def test_a_model_that_reads_other_points_in_another_mode(workspace):
+    model = fastdfa.DFA(Deeper(), feedback=RULE)
+    modes = [True, False, True, False, True]
+    same_steps(model, loss_of((X,), G, Y), steps=5, between=lambda net, n: net.train(modes[n]))
+
+
+def test_a_target_serves_one_step(workspace):
+    """In one pass and in two a forgotten one is an error, not that of the batch before."""
+    for rule in (RULE, fastdfa.Feedback(seed=1, signal="target")):
+        model = mlp([5, 8, 7, 3], feedback=rule)
+        step, closure = fastdfa.StreamingStep(model, sgd(model.parameters())), loss_of((X,), G, Y)
+        for _ in range(2):
+            step(lambda closure=closure, model=model: closure(model))
+            assert model.target is None
+        with refused(["needs the target"], RuntimeError):
+            step(lambda model=model: (model(X) * G).sum())
+
+
 def test_an_optimizer_that_counts_its_steps(workspace):
     step = same_steps(mlp([5, 8, 7, 3], feedback=RULE), loss_of((X,), G, Y), Counting)
     assert step.optimizer.param_groups[0]["steps"] == 3

@@ -239,11 +239,6 @@ def test_an_optimizer_moves_what_the_next_step_uses():
         optimizer.step()
 
 
-@pytest.mark.parametrize("rule", ["kolen_pollack", "cross_correlation", lambda B, e, h: 3 * B])
-def test_streaming_with_matrices_that_learn(rule):
-    assert_streams_as_it_steps(lambda: learning(rule))
-
-
 def test_positions():
     """What a point of positions reads counts as it is fed: a sum over positions, by their root."""
     layers = [nn.Conv2d(2, 3, 3), nn.ReLU(), fastdfa.FeedbackPoint(features=1), nn.Flatten()]

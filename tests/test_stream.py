@@ -167,6 +167,24 @@ def test_matrices_that_stay(workspace):
     same_steps(model, loss_of((X,), G), lambda p: sgd([q for q in p if q.shape[0] != 3]))
 
 
+def test_matrices_that_learn_are_updated_with_the_layers_that_they_feed(monkeypatch):
+    """So that their gradients do not gather over depth."""
+    monkeypatch.setattr(fastdfa.plan, "WORKSPACE_BYTES", {"cpu": 0})
+    model, turns = mlp([5, 8, 8, 8, 3]), []
+    model(X)
+    matrices = model.learn_feedback()
+
+    class Recording(torch.optim.SGD):
+        def step(self, closure=None):
+            turns.append([B.grad is not None for B in matrices])
+            return super().step(closure)
+
+    step = fastdfa.StreamingStep(model, Recording(model.parameters(), 0.1))
+    step(lambda: (model(X) * G).sum())
+    assert turns[:3] == [[k == turn for k in range(3)] for turn in range(3)]
+    assert not any(any(turn) for turn in turns[3:])
+
+
 def test_a_rule_of_learning_that_fails():
     """In the middle of the step; no gradient is left."""
     model = mlp([5, 8, 7, 3])

@@ -229,6 +229,21 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, data, tmp_path):
     assert not paper.finished(parts / "fc-seed0.json", replace(config, lr=1.0))
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_the_precision_is_that_of_training_alone(precision, data):
+    run, seen = paper.Run(replace(SMALL, precision=precision), 0, data, quick=False), []
+    layer = run.model.module[0]
+    layer.register_forward_hook(lambda layer, args, y: seen.append((layer.training, y.dtype)))
+    for _ in run.epoch():
+        pass
+    run.cosines()
+    trained, measured = (
+        {dtype for training, dtype in seen if training == t} for t in (True, False)
+    )
+    assert trained == {getattr(torch, precision)} and measured == {torch.float32}
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in run.model.parameters())
+
+
 def test_it_learns(data, tmp_path):
     config = replace(SMALL, width=64, lr=2e-3, epochs=100)  # the head learns 32 times slower
     paper.train(config, 0, data, tmp_path, False, paper.Bar([(config, 0)]))

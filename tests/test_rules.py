@@ -33,14 +33,22 @@ def run(folder, *more):
     return json.loads((folder / "run" / "results.json").read_text())
 
 
-def test_all_rules(tmp_path):
-    summary = run(tmp_path, "--rules=all", "--epochs=1")["summary"]["methods"]
+@pytest.mark.parametrize("model, fed", [("mlp", 2), ("cnn", 3)])
+def test_all_rules(model, fed, tmp_path):
+    options = [f"--model={model}", "--dataset=digits", "--rules=all", "--epochs=1"]
+    summary = run(tmp_path, *options)["summary"]["methods"]
     assert list(summary) == ["bp", "top", "dfa", *rules.RULES]
     for name in rules.RULES:
         assert summary[name]["to_dfa"] > 0 and summary[name]["peak_mib"] > 0
-        assert len(summary[name]["alignment"]) == 2
+        assert len(summary[name]["alignment"]) == fed
         assert summary[name]["train_loss"] != summary["dfa"]["train_loss"], name
     assert (tmp_path / "run" / "curves.png").stat().st_size > 0
+
+
+def test_the_widest_point_may_be_an_image():
+    layers = [fastdfa.Conv2d(1, 4, 3), fastdfa.Conv2d(4, 2, 3), torch.nn.Flatten()]
+    network = torch.nn.Sequential(*layers, fastdfa.Linear(32, 3))
+    assert rules.widest(network, torch.zeros(2, 1, 8, 8)) == 4 * 6 * 6
 
 
 def test_some_rules_go_on_after_an_interruption(tmp_path):

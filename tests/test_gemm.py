@@ -8,13 +8,22 @@ import sys
 import pytest
 import torch
 from formulas import ACTIVATIONS
-from networks import assert_close, expected_gradients, gradients, mlp, randn
+from networks import (
+    assert_close,
+    blockwise_gradients,
+    expected_gradients,
+    gradients,
+    mlp,
+    randn,
+    step,
+)
 from test_ops import FROM_OUTPUT, KINDS, REFUSED, needs_bfloat16, needs_extension
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdfa
-from fastdfa import gemm, ops
+from fastdfa import fused, gemm, ops
 from fastdfa.ops import reference
 
 TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-13}
@@ -108,15 +117,17 @@ def test_weight_gradients(library, dtype):
 
 
 class Products(TorchDispatchMode):
-    """Counts torch's matrix products: of one pair of matrices, and batches by their sizes."""
+    """Counts torch's matrix products, of one pair of matrices, and batches by their sizes; and our
+    forward products."""
 
     def __init__(self):
         super().__init__()
-        self.single, self.batches = 0, []
+        self.single, self.batches, self.ours = 0, [], 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         packet = op.overloadpacket
         self.single += packet is torch.ops.aten.mm
+        self.ours += op.name() == "fastdfa::linear_chain"
         if packet is torch.ops.aten.bmm:
             self.batches.append(len(args[0]))
         return op(*args, **(kwargs or {}))
@@ -367,6 +378,61 @@ def samples():
         yield chain, (x, *layers([5, 9, 4], ["tanh", "elu"], bias, torch.float32))
     deltas = [randn(7, 5), randn(3, 2)]
     yield torch.ops.fastdfa.weight_gradients, (deltas, [randn(7, 4), randn(3, 8)])
+
+
+def normalised(fastdfa_or_torch, bias=True):
+    """Layers without an activation of their own: behind one a norm, behind another what modifies
+    its output in place. Returns blocks, between which a DFA cuts."""
+    torch.manual_seed(0)
+    Linear = fastdfa_or_torch.Linear
+    blocks = [
+        nn.Sequential(Linear(20, 33, bias), nn.LayerNorm(33), nn.Tanh()),
+        nn.Sequential(Linear(33, 10, bias), nn.ReLU(inplace=True)),
+        Linear(10, 3),
+    ]
+    return [block.double() for block in blocks]
+
+
+@needs_extension
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("paying", [1, 2**40])
+def test_layers_without_an_activation(monkeypatch, paying, bias):
+    """By our products from some size on; DFA by definition either way."""
+    monkeypatch.setattr(gemm, "library", lambda: "fastdfa")
+    monkeypatch.setattr(fused, "_PAYING", paying)
+    x, g = randn(9, 20), randn(9, 3, seed=1)
+    model = fastdfa.DFA(nn.Sequential(*normalised(fastdfa, bias)))
+    with Products() as products:
+        step(model, x, g)
+    assert products.ours == (3 if paying == 1 else 0)
+    feedback = [model.feedback_matrix(name) for name in model.feedback_points]
+    expected, _ = blockwise_gradients(normalised(nn, bias), x, g, feedback)
+    found = gradients(model)
+    for i, block in enumerate(expected):
+        assert_close({name: found[f"{i}.{name}"] for name in block}, block, 1e-12)
+
+
+@needs_bfloat16
+def test_layers_without_an_activation_under_autocast(monkeypatch):
+    """bfloat16 as torch casts it, but weights are not cast and gradients are not rounded."""
+    x, g, seen = randn(9, 20).float(), randn(9, 3, seed=1).float(), []
+
+    def trained(paying):
+        monkeypatch.setattr(fused, "_PAYING", paying)
+        model = fastdfa.DFA(nn.Sequential(*normalised(fastdfa))).float()
+        hook = model.module[0][0].register_forward_hook(lambda m, args, y: seen.append(y.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        (y.float() * g).sum().backward()
+        hook.remove()
+        return gradients(model)
+
+    monkeypatch.setattr(gemm, "library", lambda: "fastdfa")
+    ours, casts = trained(1), trained(2**40)
+    assert seen == [torch.bfloat16] * 2
+    assert all(grad.dtype == torch.float32 for grad in ours.values())
+    assert_close(ours, casts, 0.05)
+    assert not torch.equal(ours["0.0.weight"], ours["0.0.weight"].bfloat16().float())
 
 
 @needs_extension

@@ -43,14 +43,16 @@ def _activation(config: Config) -> nn.Module:
 
 
 def _behind(config: Config, layer: nn.Module, norm: nn.Module, dropout: nn.Module) -> list:
-    """A layer, dropout, activation, normalisation, in the order of the published code; the
-    activation is the layer's own where nothing is between them."""
-    rate = config.dropout[1]
-    own = config.method == "dfa" and not rate and hasattr(layer, "activation")
-    if own:
+    """A layer, dropout, activation, normalisation, in the order of the published code, or
+    normalised first; the activation is the layer's own where nothing is between them."""
+    between = [norm] if config.batch_norm == "before" else []
+    if config.dropout[1]:
+        between.append(dropout)
+    after = [norm] if config.batch_norm == "after" else []
+    if config.method == "dfa" and not between and hasattr(layer, "activation"):
         layer.activation = _activation(config)
-    modules = [layer, *([dropout] if rate else []), *([] if own else [_activation(config)])]
-    return [*modules, *([norm] if config.batch_norm else [])]
+        return [layer, *after]
+    return [layer, *between, _activation(config), *after]
 
 
 def _linear(config: Config, n: int, m: int, cut: bool = True) -> nn.Linear:

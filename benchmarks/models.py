@@ -27,8 +27,12 @@ def last_parts(model, number):
     return nn.ModuleList(parts[-number:])
 
 
-def activated(dfa, activation, n_in, n_out):
-    """A linear layer of torch or fastdfa with its activation, as a list."""
+def activated(dfa, activation, n_in, n_out, norm="none"):
+    """A linear layer of torch or fastdfa with its activation, as a list; "batch": one module, with
+    a norm between them."""
+    if norm == "batch":
+        layer = (fastdfa if dfa else nn).Linear(n_in, n_out)
+        return [nn.Sequential(layer, nn.BatchNorm1d(n_out), MODULES[activation]())]
     if dfa:
         return [fastdfa.Linear(n_in, n_out, activation=activation)]
     return [nn.Linear(n_in, n_out), MODULES[activation]()]
@@ -52,7 +56,7 @@ def mlp(config, data, dfa):
     widths = [math.prod(data.shape)] + [config.width] * config.depth
     layers = [nn.Flatten(), *dropout(config.input_dropout)]
     for n_in, n_out in pairwise(widths):
-        layers += activated(dfa, config.activation, n_in, n_out)
+        layers += activated(dfa, config.activation, n_in, n_out, config.norm)
         layers += dropout(config.dropout)
     return nn.Sequential(*layers, head(dfa, config.width, data.classes))
 

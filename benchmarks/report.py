@@ -70,7 +70,8 @@ class LiveProgress:
 
 def architecture(config):
     if config.model == "mlp":
-        return f"{config.depth} hidden layers of {config.width} {config.activation}"
+        normed = {"none": "", "batch": " behind batch norm"}[config.norm]
+        return f"{config.depth} hidden layers of {config.width} {config.activation}{normed}"
     if config.model == "spiking":  # its activation is the spike
         return f"{config.depth} layers of {config.width} spiking neurons"
     return f"{config.model} {config.depth}x{config.width} {config.activation}"

@@ -145,7 +145,7 @@ def network(case: Case, data: Any, dfa: bool) -> nn.Module:
         return fastdfa.convert(plain) if dfa else plain
     config = SimpleNamespace(
         model=case.model, depth=case.depth, width=case.width, activation=case.activation,
-        dropout=0.0, input_dropout=0.0, seed=0,
+        norm="none", dropout=0.0, input_dropout=0.0, seed=0,
     )  # fmt: skip
     made = models.build(config, data, dfa)
     return fastdfa.DFA(made) if dfa else made

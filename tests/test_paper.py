@@ -321,6 +321,7 @@ def test_results_are_collected_and_shown(data, tmp_path):
         paper.collect(tmp_path, out / "paper.json")
     found = paper_report.results(out)
     assert [run["seed"] for run in found["fc"]] == [0, 1]
+    assert ["test" in run["history"] for run in found["fc"]] == [True, False]
     first, *others = paper_report.table("baselines", found).splitlines()[2:]
     tests = [100 * run["accuracy"]["test"] for run in found["fc"]]
     assert f"{sum(tests) / 2:.1f} ± " in first and "`fc` (2 seeds, 3 epochs)" in first

@@ -256,6 +256,7 @@ def test_what_is_held_out_for_validation():
         ("--dropout 1", "must be at least 0 and below 1"),
         ("--methods dfa,magic", "'magic' is none of dfa, bp, top, block"),
         ("--model gcn --dataset mnist", "--model gcn takes cora, got mnist"),
+        ("--model cnn --norm batch", "--norm is for --model mlp, got --model cnn"),
         ("--model transformer", "shakespeare needs --data DIR: download input.txt from https"),
         ("--device tpu9", "'tpu9' cannot be used"),
         ("--dataset mnist", "mnist needs --data DIR: download the four idx files from https"),
@@ -372,6 +373,7 @@ SMALL = {
     "transformer": ["--width=32", "--depth=2", "--batch=16"],
     "gcn": ["--width=4"],
     "spiking": ["--dataset=digits", "--width=16"],
+    "mlp": ["--dataset=digits", "--width=16", "--norm=batch", "--activation=relu"],
 }
 
 
@@ -395,6 +397,7 @@ TOPS = {
     "resnet20": (["20"], ["24"]),
     "transformer": (["blocks.1"], ["head"]),
     "spiking": (["4"], ["7"]),
+    "mlp": (["4"], ["5"]),
 }
 
 

@@ -61,7 +61,7 @@ def _methods(prefix: str, table: str, **options: object) -> list[Config]:
 def _baselines() -> list[Config]:
     return [
         *_methods("fc", "baselines"),
-        Config("fc-float32", "baselines", precision="float32"),
+        Config("fc-float32", "precision", precision="float32"),
         Config("fc-bp-published-rate", "baselines", method="bp"),
         Config("fc-top", "baselines", method="top", lr=_SUM),
         Config("fc-held-out", "baselines", held_out=5000),

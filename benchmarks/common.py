@@ -288,6 +288,16 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
 
 
+def usable_device(text: str) -> str:
+    """The name of a device that can hold a number."""
+    try:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}") from None
+    return text
+
+
 def check_device(device: str) -> None:
     """Exits with one line where the benchmark cannot run on this device."""
     if device == "cuda" and not torch.cuda.is_available():

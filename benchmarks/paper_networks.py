@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -102,21 +103,25 @@ def _add(modules: OrderedDict[str, nn.Module], i: int, parts: list[nn.Module]) -
 
 
 def mask(layer: nn.Linear, share: float, config: Config) -> None:
-    """Trains a fixed random share of a layer's weights and biases.
+    """Trains a fixed random share of a layer's weights and biases. The masks move with the layer.
 
     Where the cut is missing, the published code masks the gradient that goes on to the layer below
     in the same way, by one mask of a whole batch; not in evaluations, as these measure.
     """
-    for parameter in layer.parameters():
-        kept = (torch.rand_like(parameter) < share).to(parameter.dtype)
-        parameter.register_hook(lambda gradient, kept=kept: gradient * kept)
+
+    def masked(name: str, shape: torch.Size | tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        layer.register_buffer(name, torch.rand(shape) < share, persistent=False)
+        return lambda gradient: gradient * getattr(layer, name)[: len(gradient)]
+
+    for name, parameter in list(layer.named_parameters()):
+        parameter.register_hook(masked(f"kept_{name}", parameter.shape))
     if not config.published_cuts:
         return
-    passed = torch.rand(config.batch, layer.in_features) < share
+    mask_gradient = masked("kept_input", (config.batch, layer.in_features))
 
     def mask_input(module: nn.Module, inputs: tuple[Tensor]) -> None:
         if module.training and inputs[0].requires_grad:
-            inputs[0].register_hook(lambda gradient: gradient * passed[: len(gradient)])
+            inputs[0].register_hook(mask_gradient)
 
     layer.register_forward_pre_hook(mask_input)
 

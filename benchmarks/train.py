@@ -36,7 +36,7 @@ import report
 import rules
 import torch
 import torch.nn.functional as F
-from common import peak_memory
+from common import peak_memory, usable_device
 from data import DATASETS, IGNORED, IMAGES, DataError, load
 from models import MODELS, build, last_parts
 from rich.console import Console
@@ -179,16 +179,6 @@ def methods(text):
     return list(dict.fromkeys(chosen))
 
 
-def device(text):
-    """The name of a device that can hold a number."""
-    try:
-        torch.zeros(1, device=text).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}") from None
-    return text
-
-
 def parser():
     """Every option defaults to None: not given, so the recipe of the data set decides."""
     p = Parser(
@@ -235,7 +225,7 @@ def parser():
     p.add_argument("--seed", type=number(int, 0, 2**31), help="default: 0")
     p.add_argument("--methods", type=methods, metavar="dfa,bp", help="of dfa, bp, top, block")
     p.add_argument("--rules", metavar="all", help="beside dfa, bp: of " + ", ".join(rules.RULES))
-    p.add_argument("--device", type=device, help="cpu, cuda, cuda:1, ...; default: cpu")
+    p.add_argument("--device", type=usable_device, help="cpu, cuda, cuda:1, ...; default: cpu")
     p.add_argument("--dtype", choices=DTYPES, help="bfloat16: by autocast; default: float32")
     p.add_argument("--threads", type=positive, help="default: torch's own choice")
     p.add_argument("--out", metavar="DIR", help="default: runs")

@@ -33,6 +33,12 @@ def data():
     return paper.Data(paper.Split(x, y), paper.Split(x[:40], y[:40]))
 
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
 SMALL = Config("fc", "baselines", width=16, batch=32, epochs=3, lr=0.01)
 
 
@@ -148,6 +154,14 @@ def test_the_mask_of_the_bottleneck(data):
     assert torch.equal(again.model.module[1].weight.grad != 0, kept)
 
 
+def test_masks_move_with_the_layer():
+    layer = nn.Linear(40, 4)
+    mask(layer, 0.25, replace(SMALL, batch=16, published_cuts=True))
+    assert set(layer.state_dict()) == {"weight", "bias"}  # drawn by the seed, not kept
+    assert len(list(layer.to("meta").buffers())) == 3
+    assert all(buffer.is_meta for buffer in layer.buffers())
+
+
 def test_where_the_cut_is_missing_the_mask_covers_what_goes_on():
     layer, x = nn.Linear(40, 4), torch.randn(16, 40, requires_grad=True)
     mask(layer, 0.25, replace(SMALL, batch=16, published_cuts=True))
@@ -245,6 +259,24 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, data, tmp_path):
     assert not paper.finished(parts / "fc-seed0.json", replace(config, lr=1.0))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["fc", "fc-prealigned", "bottleneck-5-published", "search", "cnn"])
+def test_a_run_on_a_gpu_makes_the_gradients_of_the_cpu(name, data):
+    config = replace(RUNS[name], width=24, batch=32, augment=(), held_out=0, precision="float32")
+    there = paper.Data(*(paper.Split(x.cuda(), y.cuda()) for x, y in data))
+    expected, got = (one_step(config, of)[0].model for of in (data, there))
+    for a, b in zip(expected.parameters(), got.parameters(), strict=True):
+        assert_close(b.grad.cpu(), a.grad, 1e-3)
+
+
+def test_the_precision_is_what_the_processor_multiplies_fast(monkeypatch):
+    cpu = torch.device("cpu")
+    for fast, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(fastdfa, "build_info", lambda fast=fast: {"bfloat16_products": fast})
+        assert paper.precision(SMALL, cpu) == expected
+        assert paper.precision(replace(SMALL, precision="float32"), cpu) == "float32"
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_the_precision_is_that_of_training_alone(precision, data):
     run, seen = paper.Run(replace(SMALL, precision=precision), 0, data, quick=False), []
@@ -260,9 +292,11 @@ def test_the_precision_is_that_of_training_alone(precision, data):
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in run.model.parameters())
 
 
-def test_it_learns(data, tmp_path):
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_learns(device, data, tmp_path):
     config = replace(SMALL, width=64, lr=2e-3, epochs=100)  # the head learns 32 times slower
-    paper.train(config, 0, data, tmp_path, False, paper.Bar([(config, 0)]))
+    there = paper.Data(*(paper.Split(x.to(device), y.to(device)) for x, y in data))
+    paper.train(config, 0, there, tmp_path, False, paper.Bar([(config, 0)]))
     record = json.loads((tmp_path / "fc-seed0.json").read_text())
     assert record["accuracy"]["train"] > 0.4 > 0.2 > record["history"]["train"][0]
 
@@ -322,6 +356,7 @@ def test_results_are_collected_and_shown(data, tmp_path):
     found = paper_report.results(out)
     assert [run["seed"] for run in found["fc"]] == [0, 1]
     assert ["test" in run["history"] for run in found["fc"]] == [True, False]
+    assert {run["precision"] for run in found["fc"]} <= {"bfloat16", "float32"}
     first, *others = paper_report.table("baselines", found).splitlines()[2:]
     tests = [100 * run["accuracy"]["test"] for run in found["fc"]]
     assert f"{sum(tests) / 2:.1f} ± " in first and "`fc` (2 seeds, 3 epochs)" in first
@@ -334,7 +369,7 @@ def test_results_are_collected_and_shown(data, tmp_path):
 
 
 def test_the_command(data, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(paper, "read", lambda directory, quick: data)
+    monkeypatch.setattr(paper, "read", lambda directory, quick, device: data)
     monkeypatch.setitem(RUNS, "fc", replace(RUNS["fc"], width=16, batch=32))
     command = ["--data", "there", "--only", "fc", "--seeds", "2", "--epochs", "1"]
     command += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
@@ -348,3 +383,6 @@ def test_the_command(data, monkeypatch, tmp_path, capsys):
         paper.main(["--only", "nothing"])
     with pytest.raises(SystemExit, match="--data DIR is needed"):
         paper.main(["--only", "fc"])
+    with pytest.raises(SystemExit):
+        paper.main([*command, "--device", "nothing"])
+    assert "'nothing' cannot be used" in capsys.readouterr().err

@@ -243,6 +243,11 @@ def features_of(point: Point, name: str, y: Tensor) -> int:
     advice = "fastdfa.FeedbackPoint(rows=k) says which dimensions are rows"
     if y.dim() == 1:  # never taken as one row, as it usually was [N, 1] and lost a dimension
         advice = "an output of one value a row must have shape [N, 1]"
+    elif y.dim() > 2 and shape[:1] + shape[2:] == y.shape[:1] + y.shape[2:]:
+        advice = (
+            "where every position has an error of its own, features come last, in front of a "
+            "fastdfa.FeedbackPoint and at the output: movedim(1, -1)"
+        )
     raise ValueError(
         f"feedback point {name!r}: expected a tensor whose rows are those of the error, "
         f"[{', '.join(map(str, rows))}], got shape {tuple(shape)} for an output of shape "

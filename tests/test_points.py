@@ -252,6 +252,24 @@ def test_rows_of_a_feedback_point():
     assert_close(blocks[0].weight.grad, tanh_gradient(blocks[0], x.reshape(10, 4), signal))
 
 
+def test_an_error_for_every_pixel():
+    """Features come last; the error that says so is given where they do not."""
+    conv, head = nn.Conv2d(3, 6, 1).double(), nn.Conv2d(6, 4, 1).double()
+    to_end, back = Apply(lambda h: h.movedim(1, -1)), Apply(lambda h: h.movedim(-1, 1))
+    blocks = [conv, nn.Tanh(), to_end, fastdfa.FeedbackPoint(), back, head]
+    x, g = randn(2, 3, 5, 5), randn(2, 5, 5, 4)
+    with pytest.raises(ValueError, match=r"\(2, 6, 5, 5\).*features come last.*movedim\(1, -1\)"):
+        fastdfa.DFA(nn.Sequential(conv, nn.Tanh(), fastdfa.FeedbackPoint(), head))(x)
+    model = fastdfa.DFA(nn.Sequential(*blocks, to_end), feedback=RULE)
+    step(model, x, g)
+    pixels = x.movedim(1, -1).reshape(50, 3)
+    h = torch.tanh(pixels @ conv.weight.flatten(1).T + conv.bias).detach()
+    signal = (g @ model.feedback_matrix("3")).reshape(50, 6)
+    expected = (signal * (1 - h * h)).T @ pixels
+    assert_close(conv.weight.grad.flatten(1), expected)
+    assert_close(head.weight.grad.flatten(1), g.reshape(50, 4).T @ h)
+
+
 def test_rows_of_a_feedback_point_say_that_a_point_is_not_per_token():
     """FeedbackPoint(rows=1) where the shapes would also fit token by token is refused or flat."""
     blocks = [linear(4, 6, "tanh"), fastdfa.FeedbackPoint(rows=1), linear(6, 3)]

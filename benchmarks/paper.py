@@ -520,6 +520,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", metavar="DIR", help="where CIFAR-10 lies")
     parser.add_argument("--only", metavar="NAME", action="append", help="runs, by names with *")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds of each run (3)")
+    parser.add_argument("--missing", action="store_true", help="leave out what the results have")
     parser.add_argument("--epochs", type=int, help="in place of those of the table; recorded")
     parser.add_argument("--quick", action="store_true", help="one epoch of a few images")
     parser.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, ...")
@@ -543,6 +544,13 @@ def chosen(args: argparse.Namespace) -> list[tuple[Config, int]]:
     if epochs:
         configs = [replace(config, epochs=epochs) for config in configs]
     return [(config, seed) for seed in range(args.seeds) for config in configs]
+
+
+def lacking(runs: list[tuple[Config, int]], results: Path) -> list[tuple[Config, int]]:
+    """Those of which the results have no record of the same configuration."""
+    records = json.loads(results.read_text())["runs"] if results.exists() else []
+    known = [(run["name"], run["seed"], run["config"]) for run in records]
+    return [(c, seed) for c, seed in runs if (c.name, seed, _plain(c)) not in known]
 
 
 def train_all(args: argparse.Namespace, runs: list[tuple[Config, int]]) -> None:
@@ -573,6 +581,8 @@ def main(argv: list[str] | None = None) -> int:
         draw(args.out)
         return 0
     runs = chosen(args)
+    if args.missing:
+        runs = lacking(runs, args.out / "paper.json")
     if args.list:
         for config, seed in runs:
             console.print(f"{key(config, seed):40} {config.table}, {config.epochs} epochs")

@@ -379,6 +379,11 @@ def test_the_command(data, monkeypatch, tmp_path, capsys):
     assert len(json.loads((tmp_path / "paper.json").read_text())["runs"]) == 2
     monkeypatch.setattr(paper, "train", lambda *args: pytest.fail("a finished run was trained"))
     assert paper.main(command) == 0
+    (tmp_path / "runs" / "fc-seed0.json").unlink()
+    assert paper.main([*command, "--missing"]) == 0  # the results have it all the same
+    capsys.readouterr()
+    assert paper.main([*command, "--missing", "--seeds", "3", "--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["fc-seed2"]
     with pytest.raises(SystemExit, match="matches none of"):
         paper.main(["--only", "nothing"])
     with pytest.raises(SystemExit, match="--data DIR is needed"):

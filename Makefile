@@ -13,6 +13,8 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -qq
+# In as many processes as there are cores, up to 4: on two cores in half of the time.
+PYTEST := $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 # One pair of stamps for each environment: its packages, and the extension built for it.
 STAMP := build/stamp$(subst /,-,$(abspath $(VENV)))
@@ -32,8 +34,8 @@ train: $(STAMP).built ## train one network by DFA and by backprop
 test: $(STAMP).built ## kernel tests, then every test with the kernels, then without
 	@$(BUILD)
 	@test ! -d build/cmake || $(VENV)/bin/ctest --test-dir build/cmake --output-on-failure
-	$(PY) -m pytest -q $(ARGS)
-	FASTDFA_DISABLE_EXTENSION=1 $(PY) -m pytest -q -m "not slow" $(ARGS)
+	$(PYTEST) $(ARGS)
+	FASTDFA_DISABLE_EXTENSION=1 $(PYTEST) -m "not slow" $(ARGS)
 
 bench: $(STAMP).built ## time and memory: of a step, its growth, kinds of networks; each kernel
 	$(PY) benchmarks/step.py $(ARGS)

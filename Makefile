@@ -13,7 +13,7 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -qq
-# In as many processes as there are cores, up to 4: on two cores in half of the time.
+# In as many processes as there are cores, up to 4: on two cores in 0.6 of the time.
 PYTEST := $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 # One pair of stamps for each environment: its packages, and the extension built for it.

@@ -292,8 +292,8 @@ def usable_device(text: str) -> str:
     """The name of a device that can hold a number."""
     try:
         torch.zeros(1, device=text).item()
-    # In this order: no such device, no driver for it, or one that holds no numbers ("meta"); CUDA in
-    # a PyTorch built without it; a backend that PyTorch knows and has no kernels of ("vulkan").
+    # In this order: no such device, no driver for it, or one that holds no numbers ("meta"); CUDA
+    # in a PyTorch without it; a backend that PyTorch knows and has no kernels of ("vulkan").
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}") from None

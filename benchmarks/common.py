@@ -184,8 +184,8 @@ def peak_memory(step: Step, device: str = "cpu") -> int:
     return peak
 
 
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """The processor, threads and versions that a result belongs to."""
+def machine(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """The processor, threads, versions and, for CUDA, the GPU that a result belongs to."""
     facts = {
         "date": date.today().isoformat(),
         "processor": _processor(),
@@ -194,9 +194,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "torch": torch.__version__,
         "fastdfa": fastdfa.__version__,
     }
-    if device == "cpu":
+    if torch.device(device).type != "cuda":
         return facts | {"cpu_capability": fastdfa.build_info().get("cpu_capability")}
-    gpu = torch.cuda.get_device_properties(0)
+    gpu = torch.cuda.get_device_properties(device)
     return facts | {
         "gpu": gpu.name,
         "capability": f"{gpu.major}.{gpu.minor}",
@@ -292,9 +292,9 @@ def usable_device(text: str) -> str:
     """The name of a device that can hold a number."""
     try:
         torch.zeros(1, device=text).item()
-    # In this order: no such device, no driver for it, or one that holds no numbers ("meta"); CUDA
-    # in a PyTorch without it; a backend that PyTorch knows and has no kernels of ("vulkan").
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    # In this order: no such device, no driver or no kernels for it, or one that holds no numbers
+    # ("meta"); CUDA in a PyTorch without it; a backend whose package is not installed ("hpu").
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}") from None
     return text

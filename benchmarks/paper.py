@@ -224,7 +224,7 @@ class Run:
             "accuracy": scores,
             "cosines": self.cosines() if status == "complete" else None,
             "seconds_per_epoch": median(columns["seconds"]) if columns else None,
-            "machine": machine(self.device.type),
+            "machine": machine(self.device),
             "history": columns,
         }
 

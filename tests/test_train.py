@@ -259,6 +259,7 @@ def test_what_is_held_out_for_validation():
         ("--model cnn --norm batch", "--norm is for --model mlp, got --model cnn"),
         ("--model transformer", "shakespeare needs --data DIR: download input.txt from https"),
         ("--device tpu9", "'tpu9' cannot be used"),
+        ("--device hpu", "'hpu' cannot be used"),
         ("--dataset mnist", "mnist needs --data DIR: download the four idx files from https"),
         ("--dataset mnist --data nowhere", "no such directory"),
         ("--width 1000000", "cannot make this network: "),

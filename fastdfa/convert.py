@@ -85,8 +85,6 @@ def convert(
         UserWarning: of a linear layer of n units between others, where its input is wider and so
             is the error, C > n + 1. Behind such a bottleneck the true gradients have rank n, the
             feedback rank C - 1 (of a softmax), so that the layers before it align in part only.
-            In the data of arXiv 1906.04554, where 5 in 800 weights of a layer learn, its cosine
-            is 0.23 instead of 0.89, and the network loses 5.6 points of accuracy.
 
     Raises:
         TypeError, ValueError: for arguments that are not so; where there is nothing to convert;

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import fastdfa
 pytest.importorskip("rich")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import common
 import paper
 import paper_report
 from paper_networks import build, hidden_layers, mask, prealign
@@ -284,6 +286,20 @@ def test_a_run_on_a_gpu(name, data, tmp_path):
     paper.train(config, 0, there, tmp_path, False, paper.Bar([(config, 0)]))
     record = json.loads((tmp_path / f"{name}-seed0.json").read_text())
     assert record["status"] == "complete" and record["machine"]["gpu"]
+
+
+def test_a_record_names_the_device_it_ran_on(monkeypatch):
+    assert common.machine("cpu").keys() == common.machine(torch.device("meta")).keys()
+    gpus = {f"cuda:{i}": f"GPU {i}" for i in range(2)}
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(
+            name=gpus[str(device)], major=9, minor=0, multi_processor_count=1, total_memory=1
+        ),
+    )
+    for device, name in gpus.items():
+        assert common.machine(torch.device(device))["gpu"] == name
 
 
 def test_the_precision_is_what_the_processor_multiplies_fast(monkeypatch):

@@ -149,7 +149,8 @@ class Run:
         self.config, self.seed = config, seed
         self.splits = split(data, config, quick)
         self.device = data.train.x.device
-        self.model = build(config, seed).to(self.device)
+        # a CPU pools a whole row of channels at a time: 3 to 4 ms a step, 54 with images by planes
+        self.model = build(config, seed).to(self.device, memory_format=torch.channels_last)
         if config.prealigned:
             prealign(self.model, config, *self._batch(torch.arange(config.batch)))
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -269,7 +270,9 @@ class Run:
         return self._shaped(augmented(x[rows], self.config.augment)), y[rows]
 
     def _shaped(self, x: Tensor) -> Tensor:
-        return x.flatten(1) if self.config.network == "fc" else x
+        if self.config.network == "fc":
+            return x.flatten(1)
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 def _plain(config: Config) -> dict[str, Any]:

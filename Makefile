@@ -41,6 +41,7 @@ bench: $(STAMP).built ## time and memory: of a step, its growth, kinds of networ
 	$(PY) benchmarks/step.py $(ARGS)
 	$(PY) benchmarks/growth.py $(ARGS)
 	$(PY) benchmarks/step_kinds.py $(ARGS)
+	$(PY) benchmarks/recipe.py $(ARGS)
 	$(PY) benchmarks/memory.py $(ARGS)
 	$(PY) benchmarks/kernels.py $(ARGS)
 	$(PY) benchmarks/one_core.py $(ARGS)

@@ -274,6 +274,21 @@ def int8_accuracy() -> str:
     return table(head, rows)
 
 
+def recipe() -> str:
+    """Speed of a step where norms and activations are modules of their own."""
+    results = read("recipe")
+    names = ["backprop compiled", "layers one by one", "fastdfa"]
+    rows = [
+        [row["case"], *[median(row["to_backprop"], name, inverse) for name in names]]
+        for row in results["rows"]
+    ]
+    head = ["hidden layers x width / batch", "backprop, compiled", "every module called"]
+    return (
+        f"Eager backprop = 1 ({where(results['machine'])}):\n\n"
+        f"{table([*head, '**fastdfa**'], rows)}"
+    )
+
+
 def kinds_table(results: dict[str, Any]) -> str:
     """Speed of a step of every kind of network beside its bound."""
     names = ["limit", "backprop compiled", "fastdfa compiled", "fastdfa, torch.mm", "fastdfa"]
@@ -554,6 +569,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "int8-steps": int8_steps,
     "int8-accuracy": int8_accuracy,
     "kinds": kinds,
+    "recipe": recipe,
     "train": train,
     "family": partial(family, "rules-mnist"),
     "family-cnn": partial(family, "rules-cnn"),

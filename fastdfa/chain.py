@@ -7,7 +7,7 @@ not, it computes on its own: what was computed ahead is at worst wasted, never w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -126,6 +126,11 @@ def _compute(layers: list[nn.Module], gates: list[Gate], x: Tensor) -> Chain:
 Projection = tuple[Group, list[Tensor], Tensor]
 
 
+# Takes the deltas of layers, from a number on, and their sums, and puts in the place of those that
+# are behind a norm what comes out in front of it.
+Behind = Callable[[int, list[Tensor | None], list[Tensor | None]], None]
+
+
 def gradients(
     projection: Projection | None,
     gates: Sequence[Gate],
@@ -133,6 +138,8 @@ def gradients(
     x: Tensor,
     hidden: list[Tensor],
     grads: Sequence[Tensor | None],
+    gating: list[Tensor] | None = None,
+    behind: Behind | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """The weight gradients of a chain, and the sums of its deltas over rows.
 
@@ -142,6 +149,8 @@ def gradients(
         gates, grads: of each layer, where its output may receive a gradient besides.
         x, hidden: its input and the outputs of its layers. `hidden` is emptied from the top, as
             layers are done, so that their memory is free for the gradients.
+        gating: what the gates read, where that is not the outputs; emptied as these.
+        behind: where norms stand behind layers.
     """
     weights: list[Tensor | None] = []
     sums: list[Tensor | None] = []
@@ -152,8 +161,13 @@ def gradients(
         saved = [as_matrix(h) for h in hidden[first:]]
         inputs = [as_matrix(hidden[first - 1]) if first else x, *saved[:-1]]
         del hidden[first:]
+        if gating is not None:
+            saved = [as_matrix(h) for h in gating[first:]]
+            del gating[first:]
         group = slice(first, first + len(saved))
         deltas, totals = _deltas(projection, gates[group], saved, grads[group], first)
+        if behind is not None:
+            behind(first, deltas, totals)
         made: list[Tensor | None] = [None] * len(saved)
         trained = [i for i, d in enumerate(deltas) if d is not None]
         columns = ([values[i] for i in trained] for values in (deltas, saved, inputs))

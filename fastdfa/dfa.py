@@ -24,6 +24,7 @@ from .broadcast import (
     announce,
 )
 from .feedback import LOW_RANK_STREAM, DenseCache, Feedback, Source
+from .fused import LINEAR
 from .matrices import Compression, Learning, Matrices, Rule, learning_of, learnt
 from .ops.reference import accumulation_dtype
 from .projectors import Projector
@@ -100,8 +101,8 @@ class DFA(Root):
 
     looks_ahead = True  # whether layers may be computed ahead of their calls, or without them
     made_again = (
-        *Root.made_again, "_layout", "_scales", "_streams", "_cache", "_plan", "_network",
-        "_in_vain", "_names", "_in_sequentials",
+        *Root.made_again, "_layout", "_checked", "_scales", "_streams", "_cache", "_plan",
+        "_network", "_in_vain", "_names", "_in_sequentials",
     )  # fmt: skip
 
     def __init__(
@@ -148,7 +149,7 @@ class DFA(Root):
         if state.instead and self in state.instead:
             return state.instead[self](args, kwargs)
         whole = network.find(self, args, kwargs)
-        if whole is not None and self._network is not None and self._network.key == whole.key:
+        if whole is not None and self._feeds_network(whole, *args):
             sender = self._sender(args[0].device, self._layout.classes, self._take_target())
             return network.forward(whole, self._network, *args, sender)
         sharded = not torch.compiler.is_compiling() and fsdp.watch_sharded_blocks(self.module)
@@ -156,10 +157,7 @@ class DFA(Root):
         tape = Tape(self, inputs, self._install_tap())
         # The weights of a sharded layer are there when it is called.
         tape.looks_ahead = self.looks_ahead and not sharded and self.projector is None
-        y = self._run(tape, args, kwargs)
-        if whole is not None:
-            self._network = network.planned(whole, self._plan)
-        return y
+        return self._run(tape, args, kwargs)
 
     def _run(self, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's output, of a forward pass that writes on this tape."""
@@ -382,8 +380,9 @@ class DFA(Root):
         eager = not torch.compiler.is_compiling()
         names = self._name(points)
         layout = self._lay_out(points, names, y)
-        if eager and layout != self._layout:
+        if eager and layout != self._checked:
             graph.check(self, tape, points, names, y)
+            self._checked = layout
         if not points:
             return plan.Plan(key, [], [])
         settled, classes, widest = self._settled(layout), layout.classes, layout.widest
@@ -502,6 +501,28 @@ class DFA(Root):
             y = Send.apply(y, there)
         return y
 
+    def _feeds_network(self, whole: network.Network, x: Tensor) -> bool:
+        """Whether the feedback of a network is planned, all of whose hidden layers are points."""
+        if self._network is not None and self._network.key == whole.key:
+            return True
+        memory = network.memory(whole, x)
+        if memory is None:
+            return False
+        names = self._name_readers(whole.layers[1:])
+        sizes = [len(stage.layer.weight) for stage in whole.stages]
+        points = tuple((*pair, *memory) for pair in zip(names, sizes, strict=True))
+        layout = Layout(self.feedback.sends.columns(len(whole.head.weight)), points)
+        feeds = [
+            plan.Feed(Target(*stage.gate, each.scale, each.stream, each.features), place, LINEAR)
+            for place, (stage, each) in enumerate(
+                zip(whole.stages, self._settled(layout), strict=True)
+            )
+        ]
+        batch = plan.Batch(*memory, feeds, [], False)
+        node = self._node(batch, self.read_seed(), layout.classes, layout.widest)
+        self._network = network.Planned(whole.key, node.group, node.dense)
+        return True
+
     def _node(self, batch: plan.Batch, seed: int, classes: int, widest: int) -> plan.Node:
         rule = self.feedback
         projections: list[Target] = []
@@ -607,12 +628,15 @@ class DFA(Root):
     # Names.
 
     def _name(self, points: list[Point]) -> list[str]:
+        return self._name_readers([point.layer for point in points])
+
+    def _name_readers(self, layers: list[nn.Module]) -> list[str]:
         """The layers' names, with "#2" and so on for the second call of one."""
         names: list[str] = []
-        for point in points:
-            if point.layer not in self._names:
+        for layer in layers:
+            if layer not in self._names:
                 self._find_names()
-            name = self._names.get(point.layer, type(point.layer).__name__)
+            name = self._names.get(layer, type(layer).__name__)
             calls = 1
             while (name if calls == 1 else f"{name}#{calls}") in names:
                 calls += 1
@@ -645,6 +669,7 @@ class DFA(Root):
     def _reset(self) -> None:
         super()._reset()
         self._layout: Layout | None = None
+        self._checked: Layout | None = None  # that of a pass without a way round a cut
         self._scales: tuple[float, ...] = ()
         self._streams: tuple[int, ...] = ()
         self._cache = DenseCache()

@@ -129,10 +129,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.backward_weight = backward
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if _pays(x, weight):
-            return map_of(x, weight).activated(x, weight, bias, _IDENTITY)[0]
-        bias = None if bias is None else in_dtype(bias, x.dtype)
-        return F.linear(x, in_dtype(weight, x.dtype), bias)
+        return affine(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -144,6 +141,14 @@ class _Linear(torch.autograd.Function):
         weight_grad = weight_gradient(delta, x, map_of(x, weight)) if needs_weight else None
         bias_grad = delta.sum(0, dtype=ctx.bias_dtype) if needs_bias else None
         return x_grad, weight_grad, bias_grad, None
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b without a graph, by the product that takes less time."""
+    if _pays(x, weight):
+        return map_of(x, weight).activated(x, weight, bias, _IDENTITY)[0]
+    bias = None if bias is None else in_dtype(bias, x.dtype)
+    return F.linear(x, in_dtype(weight, x.dtype), bias)
 
 
 def linear(

@@ -10,6 +10,7 @@ from networks import (
     RULE,
     assert_close,
     assert_nothing_is_kept_alive,
+    blockwise_gradients,
     expected_gradients,
     gradients,
     mlp,
@@ -21,7 +22,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastdfa
-from fastdfa import plan
+from fastdfa import norms, plan
 
 X, G = randn(6, 5), randn(6, 3)
 WIDTHS = [5, 12, 8, 9, 3]
@@ -93,13 +94,14 @@ def test_under_autocast(direct):
         for each in (model, other):
             with torch.autocast("cpu", torch.bfloat16):
                 y = each(X.float())
-            assert y.dtype == torch.bfloat16 and is_one_node(y) == (each is model and _ > 0)
+            assert y.dtype == torch.bfloat16 and is_one_node(y) == (each is model)
             (y * G).sum().backward()
     same_gradients(model, other)
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     model(X.float())
     with torch.autocast("cpu", torch.float16):  # nor is one dtype's plan another's
-        assert not is_one_node(model(X.float()))
+        y = model(X.float())
+    assert is_one_node(y) and y.dtype == torch.float16
 
 
 def test_one_layer_twice():
@@ -116,7 +118,78 @@ def test_a_converted_network():
     assert passed(fastdfa.convert(plain.double(), feedback=RULE))
 
 
-# Where the layers are called ------------------------------------------------------------------
+# Activations and norms of their own -----------------------------------------------------------
+
+
+def separate(norm, activation, bias=False, **options):
+    """Of a norm and an activation, behind two layers of three; without a bias in front of the norm,
+    whose gradient is nothing but rounding then."""
+    modules = []
+    for n, m in ((5, 12), (9, 8)):
+        modules.append([fastdfa.Linear(n, m, bias), norm(m), activation()])
+    first, third = modules
+    layers = [*first, fastdfa.Linear(12, 9, activation="tanh"), *third, fastdfa.Linear(8, 3)]
+    return fastdfa.DFA(nn.Sequential(*layers).double(), feedback=RULE, **options)
+
+
+def in_blocks(model):
+    """The same network in plain PyTorch, a block for each of its layers; names of its parameters
+    there, in order."""
+    blocks, names = [], []
+    for name, module in copy.deepcopy(model.module).named_children():
+        names += [f"{name}.{p}" for p, _ in module.named_parameters()]
+        if isinstance(module, fastdfa.Linear):
+            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            plain.double().load_state_dict(module.state_dict())
+            blocks.append(nn.Sequential(plain))
+            module = module.activation
+        if module is not None:
+            blocks[-1].append(module)
+    return blocks, names
+
+
+def close_to_blocks(model, x=X, g=G):
+    """Whether a pass goes round the layers; output, gradients and statistics are the blocks'."""
+    blocks, names = in_blocks(model)
+    feedback = [model.feedback_matrix(name) for name in model.feedback_points]
+    made, expected = blockwise_gradients(blocks, x, g, feedback)
+    model.zero_grad()
+    y = step(model, x, g)
+    assert_close(y, expected)
+    grads = [grad for block in made for grad in block.values()]
+    assert_close(gradients(model), dict(zip(names, grads, strict=True)))
+    buffers = [buffer for block in blocks for buffer in block.buffers()]
+    for actual, wanted in zip(model.module.buffers(), buffers, strict=True):
+        assert_close(actual, wanted)
+    return is_one_node(y)
+
+
+ALL_NORMS = {
+    "none": lambda n: nn.Identity(),
+    "batch": nn.BatchNorm1d,
+    "batch, without parameters": lambda n: nn.BatchNorm1d(n, affine=False),
+    "batch, mean of all": lambda n: nn.BatchNorm1d(n, momentum=None),
+    "layer": nn.LayerNorm,
+    "layer, without bias": lambda n: nn.LayerNorm(n, bias=False),
+}
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.GELU, nn.Identity,
+                                        lambda: nn.ReLU(inplace=True)])  # fmt: skip
+@pytest.mark.parametrize("norm", ALL_NORMS)
+def test_norms_and_activations(norm, activation, direct):
+    torch.manual_seed(5)
+    model = separate(ALL_NORMS[norm], activation, direct_gradients=direct)
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -0.8, 1.2)
+    step(model, X, G)
+    for rows in (6, 9, 2):
+        x, g = randn(rows, 5, seed=rows), randn(rows, 3, seed=rows + 1)
+        assert close_to_blocks(model, x, g)
+    model.eval()
+    assert close_to_blocks(model)
+    assert close_to_blocks(model, X[:1], G[:1])
 
 
 def hooked(of, method):
@@ -150,18 +223,28 @@ def with_a_gelu_head(model):
     model.module[-1].activation = nn.GELU()
 
 
-def with_another_module(model):
+def with_dropout(model):
+    model.module.insert(1, nn.Dropout())
+
+
+def with_an_activation_behind_another(model):
+    model.module.insert(1, nn.ReLU())
+
+
+def with_a_norm_behind_an_activation(model):
     model.module.insert(1, nn.LayerNorm(12).double())
 
 
-def with_two_heads_in_turn(model):
-    model.module.append(fastdfa.Linear(3, 3).double())
+def with_a_hooked_sequential_inside(model):
+    model.module[1] = nn.Sequential(model.module[1])
+    model.module[1].register_forward_hook(lambda *args: None)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing", "ignore:the output is a")
 @pytest.mark.parametrize("change", [
-    patched, patched_sequential, with_an_activated_head, with_a_gelu_head, with_another_module,
-    with_two_heads_in_turn,
+    patched, patched_sequential, with_an_activated_head, with_a_gelu_head, with_dropout,
+    with_an_activation_behind_another, with_a_norm_behind_an_activation,
+    with_a_hooked_sequential_inside,
     lambda model: model.module[1].bias.requires_grad_(False),
     lambda model: model.module[-1].weight.requires_grad_(False),
     *[hooked(of, method)
@@ -216,14 +299,14 @@ def test_backprop_and_no_grad():
 
 
 def test_after_a_pass_that_was_computed_ahead_in_vain():
-    """Its layers are not computed ahead again, and a network of them is none."""
+    """Its layers are not computed ahead again, but a network they are."""
     model = mlp(WIDTHS)
     between = nn.Identity()
     model.module.insert(2, between)
     handle = between.register_forward_hook(lambda module, args, h: h.clone())
     step(model, X, G)
     handle.remove()
-    assert not passed(model)
+    assert passed(model)
 
 
 def test_what_asks_for_layers_one_by_one_has_them_later_too():
@@ -243,6 +326,216 @@ def test_a_tap_and_a_subclass():
     layers = mlp(WIDTHS).module
     assert not passed(fastdfa.DFA(Own(*layers), feedback=RULE))
     assert not passed(fastdfa.DFA(nn.Sequential(*layers), feedback=RULE, output="3"))
+
+
+def test_the_bias_in_front_of_a_norm():
+    """Its true gradient is zero."""
+    model = separate(nn.BatchNorm1d, nn.ReLU, bias=True)
+    step(model, X, G)
+    model.zero_grad()
+    assert is_one_node(step(model, X, G))
+    assert model.module[0].bias.grad.abs().max() < 1e-14 < model.module[0].weight.grad.abs().max()
+
+
+def frozen_weight_of_a_norm(model):
+    model.module[1].weight.requires_grad_(False)
+
+
+def replaced_norm(model):
+    model.module[1] = nn.LayerNorm(12).double()
+
+
+def removed_norm(model):
+    model.module[1] = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [frozen_weight_of_a_norm, replaced_norm, removed_norm])
+def test_other_norms(change):
+    model = separate(nn.BatchNorm1d, nn.ReLU)
+    step(model, X, G)
+    change(model)
+    step(model, X, G)
+    assert close_to_blocks(model)
+
+
+def test_statistics_that_move_before_backward():
+    """Those of an evaluation are what they were."""
+    model = separate(nn.BatchNorm1d, nn.ReLU)
+    step(model, X, G)
+    other = copy.deepcopy(model)
+    for each in (model, other):
+        each.zero_grad()
+        each.eval()
+        y = each(X)
+        if each is model:
+            assert is_one_node(y)
+            each.train()
+            each(3 * X)
+        (y * G).sum().backward()
+    assert_close(gradients(model), gradients(other))
+
+
+def test_a_norm_that_is_modified_before_backward():
+    model = separate(nn.BatchNorm1d, nn.ReLU)
+    step(model, X, G)
+    y = model(X)
+    with torch.no_grad():
+        model.module[1].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (y * G).sum().backward()
+
+
+def test_hooks_of_a_norms_parameters_are_called():
+    for direct in (False, True):
+        model, seen = separate(nn.BatchNorm1d, nn.ReLU, direct_gradients=direct), []
+        step(model, X, G)
+        model.module[1].weight.register_hook(seen.append)
+        assert is_one_node(step(model, X, G))
+        assert len(seen) == 1
+
+
+def test_backward_again_through_norms():
+    model = separate(nn.BatchNorm1d, nn.GELU)
+    step(model, X, G)
+    model.zero_grad()
+    y = model(X)
+    (y * G).sum().backward(retain_graph=True)
+    once = gradients(model)
+    (y * G).sum().backward()
+    for name, grad in gradients(model).items():
+        assert_close(grad, 2 * once[name])
+    with pytest.raises(RuntimeError, match="second time"):
+        (y * G).sum().backward()
+
+
+def test_norms_free_what_they_kept(monkeypatch):
+    """With the group of layers that they are behind, from the top."""
+    model, kept, freed = separate(nn.BatchNorm1d, nn.GELU), [], []
+    step(model, X, G)
+    monkeypatch.setitem(plan.CHAIN_DELTA_BYTES, "cpu", 1)
+    forward, backward = norms.forward, fastdfa.ops.weight_gradients
+
+    def watched_forward(norm, a):
+        made = forward(norm, a)
+        kept.extend(StorageWeakRef(h.untyped_storage()) for h in (a, made[0]))
+        return made
+
+    def watched_backward(deltas, *rest):
+        freed.append([h.expired() for h in kept])
+        return backward(deltas, *rest)
+
+    monkeypatch.setattr(norms, "forward", watched_forward)
+    monkeypatch.setattr(fastdfa.ops, "weight_gradients", watched_backward)
+    y = model(X)
+    assert is_one_node(y) and len(kept) == 4
+    loss = (y * G).sum()
+    del y
+    loss.backward()
+    below, done = [False, False], [True, True]  # input and output of the norm of a layer
+    gating = [True, False]
+    assert freed == [below + gating, below + done, gating + done]
+
+
+def test_one_row_is_no_batch():
+    model = separate(nn.BatchNorm1d, nn.ReLU)
+    step(model, X, G)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(X[:1])
+    assert is_one_node(step(model, X, G))
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "layer"])
+def test_norms_under_autocast(norm):
+    """Which has layer norms in float32."""
+    model = separate(ALL_NORMS[norm], nn.ReLU).float()
+    other = one_by_one(model)
+    for _ in range(2):
+        for each in (model, other):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = each(X.float())
+            assert is_one_node(y) == (each is model and norm != "layer")
+            (y * G).sum().backward()
+    assert_close(gradients(model), gradients(other), 3e-2)
+    assert_close(dict(model.named_buffers()), dict(other.named_buffers()), 1e-2)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def hooked_activation(model):
+    model.module[2].register_forward_hook(lambda *args: None)
+
+
+def hooked_norm(model):
+    model.module[1].register_forward_hook(lambda *args: None)
+
+
+def one_norm_twice(model):
+    model.module[5] = nn.BatchNorm1d(8).double()
+    model.module.insert(4, model.module[5])
+    model.module[3] = fastdfa.Linear(12, 8).double()
+    model.module[5] = fastdfa.Linear(8, 8).double()
+
+
+def norm_of_other_statistics(model):
+    model.module[1] = nn.BatchNorm1d(12, track_running_stats=False).double()
+
+
+def norm_of_no_kind(model):
+    model.module[1] = nn.GroupNorm(3, 12).double()
+
+
+def wide_layer_norm(model):
+    model.module[1] = nn.LayerNorm((6, 12)).double()
+
+
+def norm_behind(model):
+    model.module[1], model.module[2] = model.module[2], model.module[1]
+
+
+@pytest.mark.parametrize("change", [
+    hooked_activation, hooked_norm, one_norm_twice, norm_of_other_statistics, norm_of_no_kind,
+    wide_layer_norm, norm_behind,
+])  # fmt: skip
+def test_norms_that_are_called(change):
+    model = separate(nn.BatchNorm1d, nn.ReLU)
+    change(model)
+    other = one_by_one(model)
+    for _ in range(2):
+        assert not is_one_node(step(model, X, G))
+        step(other, X, G)
+    assert_close(gradients(model), gradients(other))
+
+
+def test_a_batch_norm_of_sequences_is_called():
+    """It has its channels in the middle."""
+    model, x, g = separate(lambda n: nn.BatchNorm1d(4), nn.ReLU), randn(6, 4, 5), randn(6, 4, 3)
+    for _ in range(2):
+        assert not is_one_node(step(model, x, g))
+    model = separate(nn.LayerNorm, nn.ReLU)
+    for _ in range(2):
+        assert not is_one_node(step(model, x, g))
+    model = separate(ALL_NORMS["none"], nn.ReLU)
+    other = one_by_one(model)
+    assert is_one_node(step(model, x, g))
+    step(other, x, g)
+    assert_close(gradients(model), gradients(other))
+
+
+def test_modules_in_front_and_sequentials_inside():
+    torch.manual_seed(4)
+    front = [nn.Flatten(), nn.Dropout(0.4)]
+    inside = nn.Sequential(fastdfa.Linear(6, 7), nn.Sequential(nn.BatchNorm1d(7)), nn.ReLU())
+    layers = nn.Sequential(*front, inside, fastdfa.Linear(7, 3)).double()
+    model = fastdfa.DFA(layers, feedback=RULE)
+    other, x, g = one_by_one(model), randn(8, 2, 3), randn(8, 3)
+    for passes in range(3):
+        outputs = []
+        for each in (model, other):
+            torch.manual_seed(passes)
+            outputs.append(step(each, x, g))
+        assert_close(*outputs)
+        assert is_one_node(outputs[0])
+    model.module[2][0].bias = other.module[2][0].bias = None
+    assert_close(gradients(model), gradients(other))
 
 
 # Changes between passes -----------------------------------------------------------------------

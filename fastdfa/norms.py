@@ -1,0 +1,85 @@
+"""Norms between a fused layer and its activation, forward and backward, without their calls."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+KINDS = (nn.BatchNorm1d, nn.LayerNorm)
+
+
+class Kept(NamedTuple):
+    """What the backward of a norm reads, of its input a [M, n]."""
+
+    a: Tensor
+    mean: Tensor  # of columns by a batch norm, of rows by a layer norm
+    spread: Tensor  # one over their deviation; their variance where it was followed before
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Norm(NamedTuple):
+    """How one was made: by which module, and whether by the statistics of what it was given."""
+
+    module: nn.Module
+    own: bool
+
+
+def usable(module: nn.Module, features: int, low: bool) -> bool:
+    """Whether a module of `KINDS` norms so many features as it is done here.
+
+    `low`: under autocast, which has layer norms in float32.
+    """
+    parameters = [p for p in module._parameters.values() if p is not None]
+    if any(type(p) is not nn.Parameter for p in parameters):
+        return False
+    if type(module) is nn.LayerNorm:
+        return module.normalized_shape == (features,) and not low
+    buffers = (module.running_mean, module.running_var, module.num_batches_tracked)
+    followed = module.track_running_stats and all(x is not None for x in buffers)
+    return followed and module.num_features == features
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in (module.weight, module.bias) if p is not None and p.requires_grad]
+
+
+def needs_batch(module: nn.Module) -> bool:
+    """Whether a batch of one row is an error."""
+    return type(module) is nn.BatchNorm1d and module.training
+
+
+def forward(module: nn.Module, a: Tensor) -> tuple[Tensor, Norm, Kept]:
+    """What the module makes of a [M, n], by its statistics, which it follows."""
+    weight, bias, eps = module.weight, module.bias, module.eps
+    if type(module) is nn.LayerNorm:
+        out, *statistics = torch.native_layer_norm(a, module.normalized_shape, weight, bias, eps)
+        return out, Norm(module, True), Kept(a, *statistics, weight, bias)
+    momentum, mean, variance = module.momentum, module.running_mean, module.running_var
+    if module.training:
+        module.num_batches_tracked.add_(1)
+        if momentum is None:  # the mean over all batches
+            momentum = 1.0 / float(module.num_batches_tracked)
+    own, momentum = module.training, momentum or 0.0
+    out, *statistics = torch.native_batch_norm(a, weight, bias, mean, variance, own, momentum, eps)
+    if not own:
+        statistics = [mean.clone(), variance.clone()]  # a pass in training mode moves them
+    return out, Norm(module, own), Kept(a, *statistics, weight, bias)
+
+
+def backward(norm: Norm, delta: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of a from that of the norm's output, and those of `trained`."""
+    module, (a, mean, spread, weight, bias) = norm.module, kept
+    mask = [True, *(p is not None and p.requires_grad for p in (weight, bias))]
+    if type(module) is nn.LayerNorm:
+        shape = module.normalized_shape
+        a_grad, *grads = torch.ops.aten.native_layer_norm_backward(
+            delta, a, shape, mean, spread, weight, bias, mask
+        )
+    else:
+        a_grad, *grads = torch.ops.aten.native_batch_norm_backward(
+            delta, a, weight, mean, spread, mean, spread, norm.own, module.eps, mask
+        )
+    return a_grad, [grad for grad, made in zip(grads, mask[1:], strict=True) if made]

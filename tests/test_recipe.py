@@ -1,0 +1,45 @@
+"""The benchmark of norms and activations as modules: its sides are one network, all is written."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rich")
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import recipe
+from networks import assert_close
+
+
+@pytest.mark.parametrize("norm", recipe.NORMS)
+def test_the_sides_of_fastdfa_have_the_same_gradients(norm):
+    steps = recipe.steps_of(recipe.Case(2, 8, 6, norm), compiled=False)
+    assert list(steps) == ["backprop", "layers one by one", "fastdfa"]
+    grads = {}
+    for name, step in steps.items():
+        step(), step()
+        grads[name] = {str(i): p.grad for i, p in enumerate(step.parameters)}
+    called, fused, true = (grads[name] for name in ("layers one by one", "fastdfa", "backprop"))
+    behind_a_norm = {"1", "5"} if norm else set()  # biases, whose gradients are rounding
+    for key in fused.keys() - behind_a_norm:
+        assert_close(fused[key], called[key], 1e-5)
+    head = list(true)[-2:]
+    assert_close({k: fused[k] for k in head}, {k: true[k] for k in head}, 1e-5)
+    assert steps["fastdfa"].forward(steps["fastdfa"].x).grad_fn.name() == "_NetworkBackward"
+    called = steps["layers one by one"]
+    assert called.forward(called.x).grad_fn.name() != "_NetworkBackward"
+
+
+def test_steps_are_written_as_they_are_measured(tmp_path, monkeypatch):
+    case = recipe.Case(2, 8, 6)
+    monkeypatch.setattr(recipe, "QUICK", [case])
+    options = ["--quick", "--no-compile", "--rounds", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *options])
+    recipe.main()
+    (row,) = json.loads((tmp_path / "recipe-quick.json").read_text())["rows"]
+    assert row["case"] == case.name and not row["failed"]
+    assert list(row["milliseconds"]) == ["backprop", "layers one by one", "fastdfa"]
+    assert all(value["median"] > 0 for value in row["milliseconds"].values())
+    assert row["to_backprop"]["backprop"]["median"] == 1

@@ -68,12 +68,13 @@ class DFA(Root):
             Nothing is cut after it: what follows trains by backprop. There is one error: a model
             of several heads concatenates their outputs in a submodule, which is named here.
         allow_bypass: accept paths that carry feedback past a cut, such as `h + layer(h)`.
-        direct_gradients: where `module` is an nn.Sequential of fastdfa.Linear, backward writes
-            `.grad` itself, round autograd's accumulation, which takes 3 us a parameter. Then
-            `torch.autograd.grad` finds no parameter, `backward(inputs=...)` cannot leave any out,
-            and several processes (DistributedDataParallel, FSDP) are refused; on CUDA, call
-            backward on the stream of the forward pass. A network with hooks on gradients of
-            parameters trains as without this option.
+        direct_gradients: where `module` is an nn.Sequential of fastdfa.Linear, norms and
+            activations, backward writes `.grad` itself, round autograd's accumulation, which takes
+            3 us a parameter. Then `torch.autograd.grad` finds no parameter,
+            `backward(inputs=...)` cannot leave any out, and several processes
+            (DistributedDataParallel, FSDP) are refused; on CUDA, call backward on the stream of
+            the forward pass. A network with hooks on gradients of parameters trains as without
+            this option.
         matrices: the B to use in place of generated ones, already scaled: one [C, >= n_max] for
             all points, of which each takes its first n_l columns, or a dict of B_l [C, n_l] by the
             names of points, in the dtype of the network. They are parameters that do not require

@@ -585,6 +585,21 @@ def test_of_what_the_network_is_now(change):
     assert passed(model)
 
 
+def test_a_way_round_a_cut_is_found_in_what_was_a_network():
+    """Though it has the same points."""
+
+    class Skip(nn.Sequential):
+        def forward(self, x):
+            h = self[0](x)
+            return self[2](h + self[1](h))
+
+    model = mlp([5, 8, 8, 3])
+    assert is_one_node(step(model, X, G))
+    model.module = Skip(*model.module)
+    with pytest.raises(RuntimeError, match="without passing a cut"):
+        step(model, X, G)
+
+
 def test_the_width_of_a_layer_stays():
     model = mlp(WIDTHS)
     assert passed(model)

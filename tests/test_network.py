@@ -621,6 +621,23 @@ def test_bad_inputs_are_refused():
     assert passed(model)
 
 
+def test_an_input_of_another_dtype_is_refused():
+    """As by torch, though the kernels multiply bfloat16 by weights in float32 under autocast."""
+    model = mlp(WIDTHS, bias=False, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(X.bfloat16())
+    assert is_one_node(model(X.float()))
+
+
+def test_layers_that_do_not_fit_settle_no_sizes():
+    model = mlp(WIDTHS)
+    model.module[0] = fastdfa.Linear(5, 10).double()
+    with pytest.raises(RuntimeError, match="shape"):
+        model(X)
+    model.module[0] = fastdfa.Linear(5, 12).double()
+    assert is_one_node(model(X))
+
+
 def test_copies_and_pickles():
     model = mlp(WIDTHS)
     assert passed(model)

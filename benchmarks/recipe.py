@@ -1,8 +1,8 @@
 """Times a training step of networks whose norms and activations are modules of their own.
 
 As one writes a network, and as the recipe of the README has it: `Linear`, `BatchNorm1d`, `ReLU`.
-*Layers one by one* is fastdfa where every module is called: with hooks, in the first pass, and so
-on. A step is as in step.py.
+*Layers one by one* is fastdfa where every module is called, as where they have hooks. A step is as
+in step.py.
 
     python benchmarks/recipe.py [--quick]
 """
@@ -70,9 +70,9 @@ def steps_of(case: Case, compiled: bool, device: str = "cpu") -> dict[str, Step]
     x = torch.randn(case.batch, step.INPUTS, device=device)
     y = torch.randint(step.CLASSES, (case.batch,), device=device)
     plain = network(case, nn.Linear).to(device)
-    fused = fastdfa.DFA(network(case, fastdfa.Linear), feedback=fastdfa.Feedback(seed=0)).to(device)
-    called = fastdfa.DFA(network(case, fastdfa.Linear), feedback=fastdfa.Feedback(seed=0)).to(
-        device
+    rule = fastdfa.Feedback(seed=0)
+    fused, called = (
+        fastdfa.DFA(network(case, fastdfa.Linear), feedback=rule).to(device) for _ in range(2)
     )
     called.looks_ahead = False
     steps: dict[str, Step] = {"backprop": step.AutogradStep(plain, plain, x, y)}
@@ -104,10 +104,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     for name in SIDES[1:]:
         table.add_column(name, justify="right")
     for row in rows:
-        found = (row["to_backprop"].get(name) for name in SIDES[1:])
-        table.add_row(
-            row["case"], *["-" if r is None else f"{1 / r['median']:.2f}x" for r in found]
-        )
+        found = [row["to_backprop"].get(name) for name in SIDES[1:]]
+        speeds = ["-" if ratio is None else f"{1 / ratio['median']:.2f}x" for ratio in found]
+        table.add_row(row["case"], *speeds)
     console.print(table)
 
 

@@ -150,7 +150,7 @@ def gradients(
         x, hidden: its input and the outputs of its layers. `hidden` is emptied from the top, as
             layers are done, so that their memory is free for the gradients.
         gating: what the gates read, where that is not the outputs; emptied as these.
-        behind: where norms stand behind layers.
+        behind: takes deltas through the norms behind their layers, where there are any.
     """
     weights: list[Tensor | None] = []
     sums: list[Tensor | None] = []

@@ -15,16 +15,18 @@ class Kept(NamedTuple):
 
     a: Tensor
     mean: Tensor  # of columns by a batch norm, of rows by a layer norm
-    spread: Tensor  # one over their deviation; their variance where it was followed before
+    spread: Tensor  # one over their deviation; not by own statistics: their variance
     weight: Tensor | None
     bias: Tensor | None
 
 
 class Norm(NamedTuple):
-    """How one was made: by which module, and whether by the statistics of what it was given."""
+    """How one was made, which its module may leave before backward."""
 
-    module: nn.Module
-    own: bool
+    shape: tuple[int, ...] | None  # of a layer norm
+    own: bool  # whether by the statistics of what it was given
+    eps: float
+    trained: tuple[bool, bool]  # whether weight and bias are
 
 
 def usable(module: nn.Module, features: int, low: bool) -> bool:
@@ -43,7 +45,11 @@ def usable(module: nn.Module, features: int, low: bool) -> bool:
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in (module.weight, module.bias) if p is not None and p.requires_grad]
+    return [p for p in (module.weight, module.bias) if _is_trained(p)]
+
+
+def _is_trained(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.requires_grad
 
 
 def needs_batch(module: nn.Module) -> bool:
@@ -54,9 +60,11 @@ def needs_batch(module: nn.Module) -> bool:
 def forward(module: nn.Module, a: Tensor) -> tuple[Tensor, Norm, Kept]:
     """What the module makes of a [M, n], by its statistics, which it follows."""
     weight, bias, eps = module.weight, module.bias, module.eps
+    are_trained = _is_trained(weight), _is_trained(bias)
     if type(module) is nn.LayerNorm:
-        out, *statistics = torch.native_layer_norm(a, module.normalized_shape, weight, bias, eps)
-        return out, Norm(module, True), Kept(a, *statistics, weight, bias)
+        shape = module.normalized_shape
+        out, *statistics = torch.native_layer_norm(a, shape, weight, bias, eps)
+        return out, Norm(shape, True, eps, are_trained), Kept(a, *statistics, weight, bias)
     momentum, mean, variance = module.momentum, module.running_mean, module.running_var
     if module.training:
         module.num_batches_tracked.add_(1)
@@ -66,20 +74,19 @@ def forward(module: nn.Module, a: Tensor) -> tuple[Tensor, Norm, Kept]:
     out, *statistics = torch.native_batch_norm(a, weight, bias, mean, variance, own, momentum, eps)
     if not own:
         statistics = [mean.clone(), variance.clone()]  # a pass in training mode moves them
-    return out, Norm(module, own), Kept(a, *statistics, weight, bias)
+    return out, Norm(None, own, eps, are_trained), Kept(a, *statistics, weight, bias)
 
 
 def backward(norm: Norm, delta: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor]]:
     """The gradient of a from that of the norm's output, and those of `trained`."""
-    module, (a, mean, spread, weight, bias) = norm.module, kept
-    mask = [True, *(p is not None and p.requires_grad for p in (weight, bias))]
-    if type(module) is nn.LayerNorm:
-        shape = module.normalized_shape
+    a, mean, spread, weight, bias = kept
+    mask = [True, *norm.trained]
+    if norm.shape is not None:
         a_grad, *grads = torch.ops.aten.native_layer_norm_backward(
-            delta, a, shape, mean, spread, weight, bias, mask
+            delta, a, norm.shape, mean, spread, weight, bias, mask
         )
     else:
         a_grad, *grads = torch.ops.aten.native_batch_norm_backward(
-            delta, a, weight, mean, spread, mean, spread, norm.own, module.eps, mask
+            delta, a, weight, mean, spread, mean, spread, norm.own, norm.eps, mask
         )
-    return a_grad, [grad for grad, made in zip(grads, mask[1:], strict=True) if made]
+    return a_grad, [grad for grad, made in zip(grads, norm.trained, strict=True) if made]

@@ -385,6 +385,18 @@ def test_a_norm_that_is_modified_before_backward():
         (y * G).sum().backward()
 
 
+def test_a_norm_that_is_frozen_before_backward():
+    model = separate(nn.BatchNorm1d, nn.ReLU)
+    step(model, X, G)
+    expected = gradients(model)
+    model.zero_grad()
+    y = model(X)
+    model.module[1].weight.requires_grad_(False)
+    (y * G).sum().backward()
+    assert is_one_node(y)
+    assert_close(gradients(model), expected | {"1.weight": gradients(model)["1.weight"]})
+
+
 def test_hooks_of_a_norms_parameters_are_called():
     for direct in (False, True):
         model, seen = separate(nn.BatchNorm1d, nn.ReLU, direct_gradients=direct), []

@@ -4,6 +4,9 @@ import pytest
 import torch
 from networks import mlp
 
+import fastdfa
+from fastdfa import network
+
 torch.set_num_threads(2)
 
 
@@ -17,6 +20,16 @@ def pytest_configure(config):
 def _fixed_seed():
     """Every test draws the same weights, alone or in any order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["network", "chain", "layers"])
+def path(request, monkeypatch):
+    """How layers in an `nn.Sequential` are computed: by one node, as a chain, each by its call."""
+    if request.param != "network":
+        monkeypatch.setattr(network, "find", lambda *args: None)
+    if request.param == "layers":
+        monkeypatch.setattr(fastdfa.DFA, "looks_ahead", False)
+    return request.param
 
 
 @pytest.fixture

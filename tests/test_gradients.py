@@ -19,6 +19,7 @@ from torch import nn
 
 import fastdfa
 
+pytestmark = pytest.mark.usefixtures("path")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 

@@ -1,5 +1,5 @@
-"""A network that is one chain goes round its layers from the second pass on (fastdfa/network.py):
-equal to the layers one by one, to the last bit, and only where nothing could notice."""
+"""A network of layers in turn goes round their calls (fastdfa/network.py): equal to the layers one
+by one, with fused activations to the last bit, and only where nothing could notice."""
 
 import copy
 import pickle
@@ -334,7 +334,7 @@ def test_the_bias_in_front_of_a_norm():
     step(model, X, G)
     model.zero_grad()
     assert is_one_node(step(model, X, G))
-    assert model.module[0].bias.grad.abs().max() < 1e-14 < model.module[0].weight.grad.abs().max()
+    assert model.module[0].bias.grad.abs().max() < 1e-12 < model.module[0].weight.grad.abs().max()
 
 
 def frozen_weight_of_a_norm(model):

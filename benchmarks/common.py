@@ -156,6 +156,14 @@ def ratios(times: dict[str, list[float]], base: str) -> dict[str, Spread]:
     }
 
 
+def beside_backprop(times: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Milliseconds a call of every step, and its time relative to backprop's, of a result's row."""
+    return {
+        "milliseconds": {n: spread([1e3 * t for t in ts])._asdict() for n, ts in times.items()},
+        "to_backprop": {n: r._asdict() for n, r in ratios(times, "backprop").items()},
+    }
+
+
 def peak_memory(step: Step, device: str = "cpu") -> int:
     """Bytes that the tensors of one call take at their peak, on top of what it leaves as it was.
 

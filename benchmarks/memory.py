@@ -28,15 +28,14 @@ from common import (
     Budget,
     Step,
     add_arguments,
+    beside_backprop,
     check_device,
     console,
     interleaved,
     keep_freed_memory,
     peak_memory,
-    ratios,
     result_name,
     save,
-    spread,
     working,
 )
 from rich.table import Table
@@ -194,8 +193,7 @@ def measure(case: Case, rounds: int, device: str, sides: Iterable[str]) -> dict[
     return {
         "case": case.name,
         **case._asdict(),
-        "milliseconds": {n: spread([1e3 * t for t in v])._asdict() for n, v in times.items()},
-        "to_backprop": {n: v._asdict() for n, v in ratios(times, "backprop").items()},
+        **beside_backprop(times),
         "peak_mib": {name: round(peak, 2) for name, peak in peaks.items()},
         "parameters_mib": round(4 * case.depth * case.width * (case.width + 1) / 2**20, 2),
         "failed": failed,

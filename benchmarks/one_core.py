@@ -21,10 +21,10 @@ from common import (
     Budget,
     Step,
     add_arguments,
+    beside_backprop,
     console,
     interleaved,
     keep_freed_memory,
-    ratios,
     result_name,
     save,
     spread,
@@ -176,8 +176,7 @@ def measure_overhead(case: step.Case, rounds: int, seconds: float) -> dict[str, 
     return {
         "case": case.name,
         **case._asdict(),
-        "milliseconds": {n: spread([1e3 * t for t in ts])._asdict() for n, ts in times.items()},
-        "to_backprop": {n: r._asdict() for n, r in ratios(times, "backprop").items()},
+        **beside_backprop(times),
     }
 
 

@@ -18,14 +18,13 @@ from common import (
     Budget,
     Step,
     add_arguments,
+    beside_backprop,
     check_device,
     console,
     interleaved,
     keep_freed_memory,
-    ratios,
     result_name,
     save,
-    spread,
     working,
 )
 from rich.table import Table
@@ -92,8 +91,7 @@ def measure(case: Case, options: argparse.Namespace, seconds: float) -> dict[str
     return {
         "case": case.name,
         **case._asdict(),
-        "milliseconds": {n: spread([1e3 * t for t in ts])._asdict() for n, ts in times.items()},
-        "to_backprop": {n: r._asdict() for n, r in ratios(times, "backprop").items()},
+        **beside_backprop(times),
         "failed": failed,
     }
 

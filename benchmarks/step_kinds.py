@@ -23,6 +23,7 @@ from common import (
     Budget,
     Step,
     add_arguments,
+    beside_backprop,
     check_device,
     console,
     interleaved,
@@ -31,7 +32,6 @@ from common import (
     ratios,
     result_name,
     save,
-    spread,
     working,
 )
 from rich.table import Table
@@ -260,8 +260,7 @@ def measure(
         **case._asdict(),
         "gflop": gflop,
         "bound": gflop["backprop"] / gflop["fastdfa"],
-        "milliseconds": {n: spread([1e3 * t for t in ts])._asdict() for n, ts in times.items()},
-        "to_backprop": {n: r._asdict() for n, r in ratios(times, "backprop").items()},
+        **beside_backprop(times),
         "to_limit": {n: r._asdict() for n, r in ratios(times, "limit").items()},
         "peak_mib": {
             name: round(peak_memory(steps[name], device) / 2**20, 2)

@@ -128,7 +128,7 @@ Projection = tuple[Group, list[Tensor], Tensor]
 
 # Takes the deltas of layers, from a number on, and their sums, and puts in the place of those that
 # are behind a norm what comes out in front of it.
-Behind = Callable[[int, list[Tensor | None], list[Tensor | None]], None]
+Through = Callable[[int, list[Tensor | None], list[Tensor | None]], None]
 
 
 def gradients(
@@ -139,7 +139,7 @@ def gradients(
     hidden: list[Tensor],
     grads: Sequence[Tensor | None],
     gating: list[Tensor] | None = None,
-    behind: Behind | None = None,
+    through: Through | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """The weight gradients of a chain, and the sums of its deltas over rows.
 
@@ -150,7 +150,7 @@ def gradients(
         x, hidden: its input and the outputs of its layers. `hidden` is emptied from the top, as
             layers are done, so that their memory is free for the gradients.
         gating: what the gates read, where that is not the outputs; emptied as these.
-        behind: takes deltas through the norms behind their layers, where there are any.
+        through: takes deltas through the norms behind their layers, where there are any.
     """
     weights: list[Tensor | None] = []
     sums: list[Tensor | None] = []
@@ -166,8 +166,8 @@ def gradients(
             del gating[first:]
         group = slice(first, first + len(saved))
         deltas, totals = _deltas(projection, gates[group], saved, grads[group], first)
-        if behind is not None:
-            behind(first, deltas, totals)
+        if through is not None:
+            through(first, deltas, totals)
         made: list[Tensor | None] = [None] * len(saved)
         trained = [i for i, d in enumerate(deltas) if d is not None]
         columns = ([values[i] for i in trained] for values in (deltas, saved, inputs))

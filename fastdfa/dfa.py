@@ -150,7 +150,7 @@ class DFA(Root):
         if state.instead and self in state.instead:
             return state.instead[self](args, kwargs)
         whole = network.find(self, args, kwargs)
-        if whole is not None and self._feeds_network(whole, *args):
+        if whole is not None and self._plan_network(whole, *args):
             sender = self._sender(args[0].device, self._layout.classes, self._take_target())
             return network.forward(whole, self._network, *args, sender)
         sharded = not torch.compiler.is_compiling() and fsdp.watch_sharded_blocks(self.module)
@@ -502,8 +502,8 @@ class DFA(Root):
             y = Send.apply(y, there)
         return y
 
-    def _feeds_network(self, whole: network.Network, x: Tensor) -> bool:
-        """Whether the feedback of a network is planned, all of whose hidden layers are points."""
+    def _plan_network(self, whole: network.Network, x: Tensor) -> bool:
+        """Plans the feedback of a network, whose hidden layers are the points; whether it could."""
         if self._network is not None and self._network.key == whole.key:
             return True
         memory = network.memory(whole, x)

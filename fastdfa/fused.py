@@ -129,7 +129,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.backward_weight = backward
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return affine(x, weight, bias)
+        return plain_linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -143,7 +143,7 @@ class _Linear(torch.autograd.Function):
         return x_grad, weight_grad, bias_grad, None
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b without a graph, by the product that takes less time."""
     if _pays(x, weight):
         return map_of(x, weight).activated(x, weight, bias, _IDENTITY)[0]

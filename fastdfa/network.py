@@ -23,12 +23,12 @@ from .accumulate import ANCHOR, accumulate, check_alone, unwatched
 from .activations import IDENTITY, Gate
 from .chain import gradients, hooked, ready
 from .fused import (
-    affine,
     as_matrix,
     autocast_dtype,
     in_dtype,
     in_dtype_of_autocast,
     map_of,
+    plain_linear,
     saved_tensor_hooks_active,
 )
 from .layers import Linear
@@ -88,11 +88,12 @@ def find(root: DFA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | 
     if root.direct_gradients:
         check_alone()
     front, stages, head = found
-    shapes = [layer._parameters["weight"].shape for layer in (*(s.layer for s in stages), head)]
+    weights = [layer._parameters["weight"] for layer in (*(s.layer for s in stages), head)]
+    kinds = [(weight.shape, weight.dtype) for weight in weights]
     tf32 = ops.allow_tf32(x.device, x.dtype)
     rule = (root.read_seed(), root.feedback, root._given())
     settings = (x.dtype, x.device, autocast_dtype(x), tf32, *rule)
-    return Network(*found, root.direct_gradients, (*front, *stages, head, *shapes, *settings))
+    return Network(*found, root.direct_gradients, (*front, *stages, head, *kinds, *settings))
 
 
 def _parts(
@@ -219,7 +220,7 @@ def _passed(
             passed.gating.extend(outputs[run])
         else:
             _, norm, gate = stages[first]
-            a = affine(h, weights[first], biases[first])
+            a = plain_linear(h, weights[first], biases[first])
             if norm is not None:
                 a, how, kept = norms.forward(norm, a)
                 passed.normed[first] = how, kept
@@ -231,8 +232,8 @@ def _passed(
     return passed
 
 
-class _Behind:
-    """In backward, takes deltas through the norms behind layers; see `chain.Behind`."""
+class _ThroughNorms:
+    """In backward, takes deltas through the norms behind layers; see `chain.Through`."""
 
     def __init__(self, normed: dict[int, tuple[norms.Norm, norms.Kept]]) -> None:
         self.normed = normed
@@ -284,15 +285,15 @@ class _Network(torch.autograd.Function):
         sent = e if ctx.sender is None else ctx.sender.of(e, y)
         head = e.t() @ hidden[-1]
         projection = (ctx.planned.group, ctx.planned.dense, sent)
-        behind = _Behind(normed)
-        weights, sums = gradients(projection, [], ctx.affine, x, hidden, [], gating, behind)
+        through = _ThroughNorms(normed)
+        weights, sums = gradients(projection, [], ctx.affine, x, hidden, [], gating, through)
         weights.append(head)
         sums.append(None if ctx.bias_dtypes[-1] is None else e.sum(0))
         biases = [
             None if dtype is None else in_dtype(total, dtype)
             for total, dtype in zip(sums, ctx.bias_dtypes, strict=True)
         ]
-        grads = [*weights, *biases, *behind.gradients]
+        grads = [*weights, *biases, *through.gradients]
         nothing = [None] * _BEFORE_PARAMETERS
         if ctx.written is not None:
             accumulate(ctx.written, grads)

@@ -639,6 +639,9 @@ def test_an_input_of_another_dtype_is_refused():
     with pytest.raises(RuntimeError, match="dtype"):
         model(X.bfloat16())
     assert is_one_node(model(X.float()))
+    model.bfloat16()(X.bfloat16())
+    with pytest.raises(RuntimeError, match="dtype"):
+        model.float()(X.bfloat16())
 
 
 def test_layers_that_do_not_fit_settle_no_sizes():

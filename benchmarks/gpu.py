@@ -50,6 +50,10 @@ try:
 except Exception as error:
     facts["missing"].append(f"pybind11 (with its CMake files: {error})")
 facts["xdist"] = found("xdist") is not None
+if "setuptools" not in facts["missing"]:
+    import setuptools
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        facts["missing"].append(f"setuptools 77 or later (it has {setuptools.__version__})")
 if "torch" not in facts["missing"]:
     import torch
     facts["torch"], facts["cuda"] = torch.__version__, torch.version.cuda
@@ -110,7 +114,8 @@ def probe() -> dict[str, Any]:
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     shown = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "COLUMNS": "200"}
-    return {**os.environ, "PYTHONPATH": str(ROOT), **shown, **(extra or {})}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **shown, **(extra or {})}
 
 
 def architecture(capability: list[int]) -> str:
@@ -153,6 +158,8 @@ def sanitizing(tool: str, pytest: list[str]) -> list[Command]:
     text = subprocess.run([tool, "--help"], capture_output=True, text=True).stdout
     ours = ["--kernel-regex", "kns=fastdfa"] if "--kernel-regex" in text else []
     options = ["--error-exitcode", str(SANITIZER_ERROR), "--print-limit", "20"]
+    # PyTorch and its libraries try calls that fail; our launches are checked by the library.
+    quiet = ["--report-api-errors", "no"]
     return [
         Command(
             [tool, "--tool", check, *options, *selection, "tests/test_cuda.py"],
@@ -160,7 +167,7 @@ def sanitizing(tool: str, pytest: list[str]) -> list[Command]:
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
         for check, selection in (
-            ("memcheck", [*ours, *pytest]),
+            ("memcheck", [*quiet, *ours, *pytest]),
             ("racecheck", [*ours, *pytest]),
             ("synccheck", [*ours, *pytest]),
             ("initcheck", [*pytest, "-k", "every_kernel"]),  # no cuBLAS
@@ -195,9 +202,8 @@ def run(command: Command, log: Path, seconds: float) -> int:
         return code
 
 
-def run_part(part: str, out: Path, limit: float) -> Result:
+def run_part(part: str, facts: dict[str, Any], out: Path, limit: float) -> Result:
     begin = time.monotonic()
-    facts = probe()
     log = out / f"{part}.log"
     log.write_text(json.dumps(facts, indent=1) + "\n")
     reason = obstacle(part, facts)
@@ -213,10 +219,9 @@ def run_part(part: str, out: Path, limit: float) -> Result:
         share = left / (len(todo) - index) if part == "sanitize" else left
         codes.append(run(command, log, share))
     shorten(log)
-    note = obstacle("test", probe()) if part == "build" and not any(codes) else ""
-    state = "failed" if any(codes) or note else "ok"
+    state = "failed" if any(codes) else "ok"
     words = [meaning(code) for code in codes] if any(codes) else []
-    return Result(part, state, time.monotonic() - begin, note or ", ".join(words))
+    return Result(part, state, time.monotonic() - begin, ", ".join(words))
 
 
 def obstacle(part: str, facts: dict[str, Any]) -> str:
@@ -272,8 +277,13 @@ def report(out: Path, facts: dict[str, Any], results: list[Result]) -> None:
             print(tail(out / f"{result.part}.log", 5000 if measures else 3500))
     gpu = facts.get("gpu", "no GPU")
     print(f"\n== {gpu}, PyTorch {facts.get('torch')}, Python {facts.get('python')}; logs in {out}")
-    for part, state, seconds, note in results:
-        print(f"{part:9} {state:8} {seconds:5.0f} s  {note}".rstrip())
+    for result in results:
+        print(line(result))
+
+
+def line(result: Result) -> str:
+    part, state, seconds, note = result
+    return f"{part:9} {state:8} {seconds:5.0f} s  {note}".rstrip()
 
 
 def arguments() -> argparse.Namespace:
@@ -297,14 +307,20 @@ def main() -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
+    facts = probe()
+    # All is written and said part by part, as a machine that is lent may be gone at any time.
     for part in options.parts or NEEDS:
         print(f"{part}: writing {out / part}.log", flush=True)
-        results.append(run_part(part, out, options.limit))
-        store(out, {}, results)
-        if part == "build" and results[-1].state == "failed":
+        result = run_part(part, facts, out, options.limit)
+        if part == "build" and result.state == "ok":
+            facts = probe()
+            note = obstacle("test", facts)
+            result = result._replace(state="failed", note=note) if note else result
+        results.append(result)
+        store(out, facts, results)
+        print(line(result), flush=True)
+        if part == "build" and result.state == "failed":
             break
-    facts = probe()
-    store(out, facts, results)
     report(out, facts, results)
     return int(any(result.state == "failed" for result in results))
 

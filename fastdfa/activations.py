@@ -108,17 +108,20 @@ _GATES: dict[type, Callable[[nn.Module], Gate | None]] = {
 def gate_of(activation: nn.Module | None) -> Gate | None:
     """Returns the gate of a module that the kernels know, else None: it is then called as it is.
 
-    A module with hooks is called too, since only a call fires them.
+    A module with hooks or a forward of its own is called too, since only a call reaches them.
     """
     find = _GATES.get(type(activation))
-    if find is None:
-        return None
-    of = activation.__dict__  # by far quicker than the attributes
+    return None if find is None or hooked(activation) else find(activation)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something waits for a call of this module, or stands in its place."""
+    of = module.__dict__  # by far quicker than the attributes
     if of["_forward_hooks"] or of["_forward_pre_hooks"]:
-        return None
+        return True
     if of["_backward_hooks"] or of["_backward_pre_hooks"]:
-        return None
-    return find(activation)
+        return True
+    return "forward" in of or of.get("_compiled_call_impl") is not None
 
 
 def apply(a: Tensor, kind: int, param: float) -> Tensor:

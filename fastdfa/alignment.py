@@ -284,16 +284,15 @@ class _UncutPass(Tape):
 
     def _feedback(self, points: list[Point], names: list[str]) -> list[Tensor]:
         """What each point is sent by the error, made by the nodes of an ordinary backward pass."""
-        root, kept = self.root, ("_layout", "_scales", "_streams")
-        before = [getattr(root, name) for name in kept]  # what the first pass of training checks
+        root = self.root
+        before = root._layout, root._sizes  # what the first pass of training checks
         try:
             layout = root._lay_out(points, names, self.error)
             settled = root._settled(layout)
             sent = root._signal(self.error, self.output, root.target)
             fed = root._feed(points, settled, layout.widest, self.error, sent, False)
         finally:
-            for name, value in zip(kept, before, strict=True):
-                setattr(root, name, value)
+            root._layout, root._sizes = before
         return list(torch.autograd.grad(fed, [point.tensor for point in points], sent))
 
     def _cosines(self, true: Tensor, fed: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
 from . import ops, plan
-from .activations import Gate, gate_of
+from .activations import Gate, gate_of, hooked
 from .broadcast import Group, products
 from .fused import (
     LinearMap,
@@ -79,16 +79,6 @@ def _run(
         layers.append(layer)
         gates.append(gate)
     return layers, gates
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether something waits for a call of this module, or stands in its place."""
-    of = module.__dict__  # by far quicker than the attributes
-    if of["_forward_hooks"] or of["_forward_pre_hooks"]:
-        return True
-    if of["_backward_hooks"] or of["_backward_pre_hooks"]:
-        return True
-    return "forward" in of or of.get("_compiled_call_impl") is not None
 
 
 def ready(layer: nn.Module) -> tuple[Tensor | None, Gate | None]:

@@ -28,7 +28,7 @@ from .fused import LINEAR
 from .matrices import Compression, Learning, Matrices, Rule, learning_of, learnt
 from .ops.reference import accumulation_dtype
 from .projectors import Projector
-from .root import Root, names_in
+from .root import Root, exporting
 from .tape import Chain, Point, Receiver, Tape, state
 
 
@@ -87,7 +87,8 @@ class DFA(Root):
 
     Attributes:
         target: what a signal of the target or a rule of learning reads, set before each forward
-            pass, which takes it: class indices [*rows], or of the output's shape [*rows, C].
+            pass that trains, which takes it: class indices [*rows], or of the output's shape
+            [*rows, C]. A pass without gradients, or inside `fastdfa.backprop`, leaves it.
         compression: Q [C, r], once a B = Q P of low rank learns (`learn_feedback`).
 
     Buffers: `seed`, int64: the one source of randomness of B. It is in the checkpoint, B is not.
@@ -102,8 +103,8 @@ class DFA(Root):
 
     looks_ahead = True  # whether layers may be computed ahead of their calls, or without them
     made_again = (
-        *Root.made_again, "_layout", "_checked", "_scales", "_streams", "_cache", "_plan",
-        "_network", "_in_vain", "_names", "_in_sequentials",
+        *Root.made_again, "_layout", "_sizes", "_checked", "_cache", "_plan", "_network",
+        "_in_vain", "_in_sequentials",
     )  # fmt: skip
 
     def __init__(
@@ -143,16 +144,17 @@ class DFA(Root):
         """
         if state.tape is not None or state.layer_feedback is not None:
             raise RuntimeError("a DFA was called inside another root: wrap the outermost only")
-        # An exported program has no backward.
-        plain = not torch.is_grad_enabled() or torch.compiler.is_exporting()
+        self.follow_modules()
+        plain = not torch.is_grad_enabled() or exporting()
         if plain or any(self is root for root in state.true_gradients):
             return self.module(*args, **kwargs)
         if state.instead and self in state.instead:
             return state.instead[self](args, kwargs)
         whole = network.find(self, args, kwargs)
-        if whole is not None and self._plan_network(whole, *args):
-            sender = self._sender(args[0].device, self._layout.classes, self._take_target())
-            return network.forward(whole, self._network, *args, sender)
+        planned = None if whole is None else self._plan_of_network(whole, *args)
+        if planned is not None:
+            sender = self._sender(args[0].device, planned.layout.classes, self._take_target())
+            return network.forward(whole, planned, *args, sender)
         sharded = not torch.compiler.is_compiling() and fsdp.watch_sharded_blocks(self.module)
         inputs = [x for x in tree_leaves((args, kwargs)) if _requires_grad(x)]
         tape = Tape(self, inputs, self._install_tap())
@@ -363,7 +365,9 @@ class DFA(Root):
         if key is None or made is None or made.key != key:
             made = self._planned(tape, units, y, key, seed)
             self._plan = None if key is None else made
-        elif any(unit.modified for unit in units):
+            return made
+        self._layout = made.layout
+        if any(unit.modified for unit in units):
             points = plan.expanded(units)
             plan.check_unmodified(points, self._name(points))
         return made
@@ -385,7 +389,9 @@ class DFA(Root):
             graph.check(self, tape, points, names, y)
             self._checked = layout
         if not points:
-            return plan.Plan(key, [], [])
+            if eager:
+                self._layout = layout
+            return plan.Plan(key, [], [], layout)
         settled, classes, widest = self._settled(layout), layout.classes, layout.widest
         feeds = self._feeds(points, places, settled, y, widest)
         whole = plan.whole_chains(units, dict(zip(places, feeds, strict=True)), y.device)
@@ -398,7 +404,8 @@ class DFA(Root):
         left = [k for k, feed in enumerate(feeds) if feed.place not in in_chains]
         points, feeds = [points[k] for k in left], [feeds[k] for k in left]
         in_turn = eager and tape.in_turn
-        return plan.Plan(key, self._nodes(points, feeds, seed, classes, widest, in_turn), chains)
+        nodes = self._nodes(points, feeds, seed, classes, widest, in_turn)
+        return plan.Plan(key, nodes, chains, layout)
 
     def _lay_out(self, points: list[Point], names: list[str], y: Tensor) -> Layout:
         """The sizes of a pass; an error where the rows of a point are not those of y."""
@@ -502,13 +509,15 @@ class DFA(Root):
             y = Send.apply(y, there)
         return y
 
-    def _plan_network(self, whole: network.Network, x: Tensor) -> bool:
-        """Plans the feedback of a network, whose hidden layers are the points; whether it could."""
-        if self._network is not None and self._network.key == whole.key:
-            return True
+    def _plan_of_network(self, whole: network.Network, x: Tensor) -> network.Planned | None:
+        """The feedback of a network, whose hidden layers are the points; None where it has none."""
+        made = self._network
+        if made is not None and made.key == whole.key:
+            self._layout = made.layout
+            return made
         memory = network.memory(whole, x)
         if memory is None:
-            return False
+            return None
         names = self._name_readers(whole.layers[1:])
         sizes = [len(stage.layer.weight) for stage in whole.stages]
         points = tuple((*pair, *memory) for pair in zip(names, sizes, strict=True))
@@ -521,8 +530,8 @@ class DFA(Root):
         ]
         batch = plan.Batch(*memory, feeds, [], False)
         node = self._node(batch, self.read_seed(), layout.classes, layout.widest)
-        self._network = network.Planned(whole.key, node.group, node.dense)
-        return True
+        made = self._network = network.Planned(whole.key, node.group, node.dense, layout)
+        return made
 
     def _node(self, batch: plan.Batch, seed: int, classes: int, widest: int) -> plan.Node:
         rule = self.feedback
@@ -594,21 +603,17 @@ class DFA(Root):
         self, classes: int, sizes: tuple[tuple[str, int, torch.dtype, torch.device], ...]
     ) -> tuple[tuple[float, ...], tuple[int, ...]]:
         """Scale and stream of every point; remembers the sizes, which may not change."""
-        layout = Layout(classes, sizes)
-        if layout != self._layout:
-            _check_same_features(self._layout, layout)
+        layout, rule = Layout(classes, sizes), self.feedback
+        if layout != self._sizes:
+            _check_same_features(self._sizes, layout)
             if self.matrices is not None:
-                self.matrices.check(self.feedback.rows(classes), sizes)
-            self._layout = layout
-            self._scales = tuple(
-                self.feedback.deviation(classes, features, layout.widest)
-                if self.matrices is None
-                else 1.0
-                for _, features, _, _ in sizes
-            )
-            of = self.feedback if self.matrices is None else self.matrices
-            self._streams = tuple(of.stream(name) for name, *_ in sizes)
-        return self._scales, self._streams
+                self.matrices.check(rule.rows(classes), sizes)
+        self._layout = self._sizes = layout
+        names = [name for name, *_ in sizes]
+        if self.matrices is not None:
+            return (1.0,) * len(sizes), tuple(map(self.matrices.stream, names))
+        scales = [rule.deviation(classes, features, layout.widest) for _, features, _, _ in sizes]
+        return tuple(scales), tuple(map(rule.stream, names))
 
     @torch.compiler.assume_constant_result
     def _dense(
@@ -635,8 +640,8 @@ class DFA(Root):
         """The layers' names, with "#2" and so on for the second call of one."""
         names: list[str] = []
         for layer in layers:
-            if layer not in self._names:
-                self._find_names()
+            if layer not in self._names:  # made in this pass
+                self.follow_modules()
             name = self._names.get(layer, type(layer).__name__)
             calls = 1
             while (name if calls == 1 else f"{name}#{calls}") in names:
@@ -650,7 +655,13 @@ class DFA(Root):
         return (None, 0) if layer in self._in_vain else self._in_sequentials.get(layer, (None, 0))
 
     def _find_names(self) -> None:
-        self._names = names_in(self.module)
+        """And lets go of what was found of the modules that were there before."""
+        super()._find_names()
+        self._sizes: Layout | None = None  # which may not change
+        self._checked: Layout | None = None  # that of a pass without a way round a cut
+        self._plan: plan.Plan | None = None
+        self._network: network.Planned | None = None
+        self._in_vain: set[nn.Module] = set()
         self._in_sequentials: dict[nn.Module, tuple[nn.Sequential, int]] = {}
         for module in self._names:
             if type(module) is nn.Sequential:
@@ -670,14 +681,7 @@ class DFA(Root):
     def _reset(self) -> None:
         super()._reset()
         self._layout: Layout | None = None
-        self._checked: Layout | None = None  # that of a pass without a way round a cut
-        self._scales: tuple[float, ...] = ()
-        self._streams: tuple[int, ...] = ()
         self._cache = DenseCache()
-        self._plan: plan.Plan | None = None
-        self._network: network.Planned | None = None
-        self._in_vain: set[nn.Module] = set()
-        self._find_names()
         self._install_tap()
 
 

@@ -182,19 +182,26 @@ class DenseCache:
             key = (source, channels_last)
             if key not in self._channels_last:
                 capture.refuse(capture.MADE_BEFORE.format("make its B"))
-                matrix = self.get(source, rows, columns)
-                self._channels_last[key] = _channels_last(matrix, channels_last)
+                matrix = _channels_last(self.get(source, rows, columns), channels_last)
+                self._channels_last[key] = made(matrix)
             return self._channels_last[key]
         matrix = self._matrices.get(source)
         if matrix is None or matrix.shape[0] != rows or matrix.shape[1] < columns:
             capture.refuse(capture.MADE_BEFORE.format("make its B"))
             self._drop_other_seeds(source.seed)
-            matrix = self._matrices[source] = source.matrix(rows, columns)
+            matrix = self._matrices[source] = made(source.matrix(rows, columns))
         return matrix
 
     def _drop_other_seeds(self, seed: int) -> None:
         self._matrices = {s: m for s, m in self._matrices.items() if s.seed == seed}
         self._channels_last = {k: m for k, m in self._channels_last.items() if k[0].seed == seed}
+
+
+def made(matrix: Tensor) -> Tensor:
+    """The same, once the GPU has made it: what is kept may be read on any stream."""
+    if matrix.is_cuda:
+        torch.cuda.current_stream(matrix.device).synchronize()
+    return matrix
 
 
 def _channels_last(matrix: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +129,9 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.backward_weight = backward
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return plain_linear(x, weight, bias)
+        y = plain_linear(x, weight, bias)
+        # No view to autograd, which torch's own product makes of rows in several dimensions.
+        return y if y.dim() == 2 else torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     @once_differentiable
@@ -215,7 +217,7 @@ def activated(
     fed = None if torch.compiler.is_compiling() else []
     output = affine.attached(h, a, x, weight, bias, gate, fed, backward)
     saved = h if a is None else a
-    _record(LayerRecord(output, saved, x, weight, bias, gate, affine, fed, None))
+    _record(output, saved, x, weight, bias, gate, affine, fed)
     return output
 
 
@@ -226,21 +228,21 @@ def gate_of(activation: nn.Module | None) -> Gate | None:
     return activations.gate_of(activation)
 
 
-def _record(record: LayerRecord) -> None:
-    """Puts a layer on the tape, for the fused path, unless its gradient must go through autograd.
+def _record(output: Tensor, saved: Tensor, x: Tensor, *layer: Any) -> None:
+    """Puts a layer on the tape, with the rest of its record, for the fused path, unless its gradient must go through autograd.
 
     It must where the input has a gradient of its own, and under saved-tensor hooks (activation
     checkpointing, offloading): what the tape keeps would escape them.
     """
     tape = state.tape
-    if tape is None or tape.tapped is not None or (tape.cuts and record.input.requires_grad):
+    if tape is None or tape.tapped is not None or (tape.cuts and x.requires_grad):
         return
     versions = None
     if not torch.compiler.is_compiling():
         if saved_tensor_hooks_active():
             return
-        versions = (record.saved._version, record.input._version)
-    tape.newest = record._replace(versions=versions)
+        versions = (saved._version, x._version)
+    tape.newest = LayerRecord(output, saved, x, *layer, versions)
 
 
 def saved_tensor_hooks_active() -> bool:
@@ -250,9 +252,14 @@ def saved_tensor_hooks_active() -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts the arguments of `F.linear`, where it does."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+    if x.dtype == torch.float64 or not _has_autocast(kind):
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+@torch.compiler.assume_constant_result  # Dynamo before PyTorch 2.13 cannot trace it
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def in_dtype_of_autocast(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from . import capture, ops
 from .conv import Conv1d, Conv2d
-from .feedback import Feedback
+from .feedback import Feedback, made
 from .layers import Linear
 from .ops.reference import accumulation_dtype
-from .root import Root, names_in
+from .root import Root, exporting, names_in
 from .tape import state
 
 RULES = ("fa", "usf", "frsf", "brsf", "backprop")
@@ -91,7 +91,7 @@ class LayerFeedback(Root):
         TypeError, ValueError: for arguments that are not so, or a root inside `module`.
     """
 
-    made_again = (*Root.made_again, "_names", "_matrices")
+    made_again = (*Root.made_again, "_matrices")
 
     def __init__(
         self,
@@ -120,8 +120,9 @@ class LayerFeedback(Root):
             raise RuntimeError(
                 "a LayerFeedback was called inside another root: wrap the outermost only"
             )
+        self.follow_modules()
         plain = self.rule == "backprop" or any(self is root for root in state.true_gradients)
-        if plain or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        if plain or not torch.is_grad_enabled() or exporting():
             return self.module(*args, **kwargs)
         state.layer_feedback = self
         try:
@@ -150,7 +151,7 @@ class LayerFeedback(Root):
     def backward_weight(self, layer: nn.Module) -> BackwardWeight:
         """What a layer reads in backward, for its call in a forward pass."""
         if layer not in self._names:
-            self._names = names_in(self.module)
+            self.follow_modules()
         shape, dtype, device = layer.weight.shape, layer.weight.dtype, layer.weight.device
         scale, matrix = self._deviation(tuple(shape)), None
         if self.rule in ("fa", "frsf"):
@@ -193,12 +194,11 @@ class LayerFeedback(Root):
                 device=device,
             )
             matrix = matrix.reshape(shape) * self._deviation(shape)
-            self._matrices[key] = (matrix.abs() if self.rule == "frsf" else matrix).to(dtype)
+            self._matrices[key] = made((matrix.abs() if self.rule == "frsf" else matrix).to(dtype))
         return (self._matrices[key],)
 
     def _reset(self) -> None:
         super()._reset()
-        self._names = names_in(self.module)
         self._matrices: dict[tuple[Any, ...], Tensor] = {}
 
 

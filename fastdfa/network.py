@@ -20,8 +20,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import activations, norms, ops
 from .accumulate import ANCHOR, accumulate, check_alone, unwatched
-from .activations import IDENTITY, Gate
-from .chain import gradients, hooked, ready
+from .activations import IDENTITY, Gate, hooked
+from .chain import gradients, ready
 from .fused import (
     as_matrix,
     autocast_dtype,
@@ -36,7 +36,7 @@ from .ops.reference import accumulation_dtype
 
 if TYPE_CHECKING:
     from .broadcast import Group, Sender
-    from .dfa import DFA
+    from .dfa import DFA, Layout
 
 
 class Stage(NamedTuple):
@@ -67,6 +67,7 @@ class Planned(NamedTuple):
     key: tuple[Any, ...]
     group: Group
     dense: list[Tensor]
+    layout: Layout
 
 
 def find(root: DFA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network | None:
@@ -138,6 +139,8 @@ def _modules(sequential: nn.Sequential) -> Iterator[nn.Module]:
 
 def _stage(layer: Linear, behind: list[nn.Module]) -> Stage | None:
     norm = behind[0] if behind and type(behind[0]) in norms.KINDS else None
+    if norm is not None and hooked(norm):
+        return None
     gates = [activations.gate_of(module) for module in behind[norm is not None :]]
     gate = gates[0] if gates else Gate(IDENTITY)
     return None if len(gates) > 1 or gate is None else Stage(layer, norm, gate)
@@ -153,7 +156,7 @@ def _norms_usable(stages: list[Stage], front: list[nn.Module], x: Tensor) -> boo
     for layer, norm, _ in stages:
         if norm is None:
             continue
-        if not flat or (len(x) == 1 and norms.needs_batch(norm)):
+        if not flat or len(x) < norms.fewest_rows(norm):
             return False
         if not norms.usable(norm, len(layer.weight), low):
             return False

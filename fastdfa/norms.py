@@ -52,9 +52,11 @@ def _is_trained(parameter: nn.Parameter | None) -> bool:
     return parameter is not None and parameter.requires_grad
 
 
-def needs_batch(module: nn.Module) -> bool:
-    """Whether a batch of one row is an error."""
-    return type(module) is nn.BatchNorm1d and module.training
+def fewest_rows(module: nn.Module) -> int:
+    """Of a batch that is normed here: others are torch's to handle, or an error."""
+    if type(module) is nn.LayerNorm:
+        return 0
+    return 2 if module.training else 1
 
 
 def forward(module: nn.Module, a: Tensor) -> tuple[Tensor, Norm, Kept]:

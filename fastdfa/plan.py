@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 from operator import index
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from .activations import IDENTITY
 from .broadcast import Group, Target
 from .tape import Affine, Chain, LayerRecord, Point, Receiver
+
+if TYPE_CHECKING:
+    from .dfa import Layout
 
 # Outside chains the deltas of one group of layers exist at a time: of one layer, or of as many as
 # fit in this. At its peak backprop holds two gradients of a layer's size. And deltas this small are
@@ -80,6 +83,7 @@ class Plan(NamedTuple):
     key: Any
     nodes: list[Node]  # from the input up, so that the top group is the first in backward
     chains: list[ChainNode]
+    layout: Layout
 
 
 def key(units: list[Point | Chain], y: Tensor) -> tuple[Any, ...] | None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from . import capture
 
-# Prefixes that wrappers add to names; B must not depend on them.
-_WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+# Parts that wrappers add to names; B must not depend on them.
+_OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 class Root(nn.Module):
@@ -22,7 +22,7 @@ class Root(nn.Module):
 
     seed: Tensor
     # Copies and pickles carry the seed and the rule; what `_reset` can make again is left out.
-    made_again: tuple[str, ...] = ("_seed_version",)
+    made_again: tuple[str, ...] = ("_seed_version", "_names", "_children")
 
     def __init__(self, module: nn.Module, seed: int | None) -> None:
         super().__init__()
@@ -36,6 +36,7 @@ class Root(nn.Module):
     def _reset(self) -> None:
         """Ends the construction, and that of a copy."""
         self._seed_version: tuple[Tensor, int] | None = None
+        self._find_names()
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in self.made_again}
@@ -61,6 +62,23 @@ class Root(nn.Module):
             self._seed_version = (self.seed, self.seed._version)
         return self._key
 
+    # A constant of a compiled step, which is traced again where modules have changed.
+    @torch.compiler.assume_constant_result
+    def follow_modules(self) -> None:
+        """Finds the names anew where a module was moved, replaced, added or removed since."""
+        if self._children[0][0] is self.module:
+            for module, children in self._children:
+                if module.__dict__["_modules"] != children:
+                    break
+            else:
+                return
+        self._find_names()
+
+    def _find_names(self) -> None:
+        self._names = names_in(self.module)
+        modules = [m for m in self._names if m is self.module or m.__dict__["_modules"]]
+        self._children = [(module, dict(module.__dict__["_modules"])) for module in modules]
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.read_seed()
@@ -70,10 +88,15 @@ def names_in(module: nn.Module) -> dict[nn.Module, str]:
     """The name of every module inside, as if nothing was compiled, checkpointed or sharded."""
     names: dict[nn.Module, str] = {}
     for name, inner in module.named_modules():
-        for prefix in _WRAPPER_PREFIXES:
-            name = name.replace(prefix, "")
-        names[inner] = name
+        names[inner] = ".".join(part for part in name.split(".") if part not in _OF_WRAPPERS)
     return names
+
+
+# A constant, as Dynamo before PyTorch 2.13 tells whatever it traces that it is exported.
+@torch.compiler.assume_constant_result
+def exporting() -> bool:
+    """Whether a program is being exported, which has no backward."""
+    return torch.compiler.is_exporting()
 
 
 def _check_module(module: nn.Module) -> None:

@@ -184,6 +184,10 @@ def with_a_hook_on_its_activation(model):
     model.module[1].activation.register_forward_hook(lambda *args: None)
 
 
+def with_an_activation_patched(model):
+    model.module[1].activation.forward = lambda a: torch.tanh(3 * a)
+
+
 def of_another_kind(model):
     model.module[1].activation = nn.Softsign()
 
@@ -194,7 +198,8 @@ def from_the_input(model):
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("change", [
-    frozen, patched, with_a_hook_on_its_activation, of_another_kind, from_the_input,
+    frozen, patched, with_a_hook_on_its_activation, with_an_activation_patched, of_another_kind,
+    from_the_input,
     hooked("register_forward_hook"), hooked("register_forward_pre_hook"),
     hooked("register_full_backward_hook"), hooked("register_full_backward_pre_hook"),
 ])  # fmt: skip

@@ -351,7 +351,7 @@ def test_frozen_layers():
 
 
 @pytest.mark.xfail(
-    strict=True,
+    strict=torch.__version__ >= "2.13",
     reason="after tracing a tensor hook, Dynamo (2.13) loses what the tape was told: no feedback",
 )
 @pytest.mark.parametrize("hook", [lambda g: 2 * g, lambda g: None])

@@ -341,6 +341,7 @@ FOLDS = {
     "hook of the layer": (lambda: [with_hook(nn.Linear(5, 5)), nn.Tanh()], False),
     "backward hook": (lambda: [with_backward_hook(nn.Linear(5, 5)), nn.Tanh()], False),
     "hook of the activation": (lambda: [nn.Linear(5, 5), with_hook(nn.Tanh())], False),
+    "forward of the activation": (lambda: [nn.Linear(5, 5), own_forward(nn.Tanh())], False),
     "shared layer": (lambda: [SHARED, nn.Tanh(), SHARED, nn.LayerNorm(5)], False),
     "own forward": (lambda: [Piecewise(nn.Linear(5, 5), nn.Tanh(), nn.LayerNorm(5))], False),
 }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import RULE, G, X, assert_close, expected_gradients, fresh, gradients, step
+from networks import RULE, G, X, assert_close, expected_gradients, fresh, gradients, randn, step
 from torch import nn
 
 import fastdfa
@@ -101,6 +101,21 @@ def test_a_change_of_the_output_in_place_is_right_or_refused(model):
         return
     (y * G).sum().backward()
     assert_close(gradients(model), expected_gradients(model, X, G / 2))
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4, 6, 5), (5,)])
+def test_an_activation_in_place_where_a_layer_is_a_node_of_its_own(shape):
+    """Of rows in any dimensions: under checkpointing, or a rule of feedback from layer to layer."""
+    net = nn.Sequential(fastdfa.Linear(5, 8), nn.ReLU(inplace=True), fastdfa.Linear(8, 3)).double()
+    model, x = fastdfa.LayerFeedback(net, "backprop" if len(shape) == 1 else "usf"), randn(*shape)
+    with torch.autograd.graph.save_on_cpu():
+        y = model(x)
+    g = randn(*y.shape)
+    (y * g).sum().backward()
+    a = nn.functional.linear(x, net[0].weight, net[0].bias).detach()
+    b = model.feedback_matrix("2")
+    delta = (g @ b * (a > 0)).reshape(-1, 8)
+    assert_close(net[0].weight.grad, delta.T @ x.reshape(-1, 5))
 
 
 def test_a_change_of_a_weight_between_forward_and_backward(model):

@@ -456,6 +456,17 @@ def test_one_row_is_no_batch():
     assert is_one_node(step(model, X, G))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_no_rows(norm, training):
+    model = separate(ALL_NORMS[norm], nn.ReLU).train(training)
+    other = one_by_one(model)
+    for each in (model, other):
+        assert step(each, X[:0], G[:0]).shape == (0, 3)
+    assert_close(gradients(model), gradients(other))
+    assert all(not grad.any() for grad in gradients(model).values())
+
+
 @pytest.mark.parametrize("norm", ["none", "batch", "layer"])
 def test_norms_under_autocast(norm):
     """Which has layer norms in float32."""
@@ -477,7 +488,13 @@ def hooked_activation(model):
 
 
 def hooked_norm(model):
-    model.module[1].register_forward_hook(lambda *args: None)
+    model.module[1].register_forward_hook(lambda module, args, output: output + 1)
+
+
+def hooked_norm_as_an_activation(model):
+    hooked_norm(model)
+    model.module[0].activation = model.module[1]
+    model.module[1] = nn.Identity()
 
 
 def one_norm_twice(model):
@@ -504,8 +521,8 @@ def norm_behind(model):
 
 
 @pytest.mark.parametrize("change", [
-    hooked_activation, hooked_norm, one_norm_twice, norm_of_other_statistics, norm_of_no_kind,
-    wide_layer_norm, norm_behind,
+    hooked_activation, hooked_norm, hooked_norm_as_an_activation, one_norm_twice,
+    norm_of_other_statistics, norm_of_no_kind, wide_layer_norm, norm_behind,
 ])  # fmt: skip
 def test_norms_that_are_called(change):
     model = separate(nn.BatchNorm1d, nn.ReLU)
@@ -580,6 +597,10 @@ def another_rule(model):
     model.feedback = fastdfa.Feedback(seed=1, error="sum")
 
 
+def another_scale(model):
+    model.feedback = fastdfa.Feedback(seed=1, scale="tinydfa")
+
+
 def in_single_precision_and_back(model):
     model.float()
     step(model, X.float(), G.float())
@@ -588,7 +609,7 @@ def in_single_precision_and_back(model):
 
 @pytest.mark.parametrize("change", [
     replaced_layer, replaced_parameters, replaced_data, another_slope, another_seed, another_rule,
-    in_single_precision_and_back, identity,
+    another_scale, in_single_precision_and_back, identity,
 ])  # fmt: skip
 def test_of_what_the_network_is_now(change):
     model = mlp(WIDTHS)
@@ -607,7 +628,12 @@ def test_a_way_round_a_cut_is_found_in_what_was_a_network():
 
     model = mlp([5, 8, 8, 3])
     assert is_one_node(step(model, X, G))
-    model.module = Skip(*model.module)
+    plain, model.module = model.module, Skip(*model.module)
+    with pytest.raises(RuntimeError, match="without passing a cut"):
+        step(model, X, G)
+    model.module = nn.Sequential(plain[0], nn.Dropout(0.0), *plain[1:])
+    assert not is_one_node(step(model, X, G))
+    model.module = Skip(*plain)  # after layers that were called, and searched
     with pytest.raises(RuntimeError, match="without passing a cut"):
         step(model, X, G)
 

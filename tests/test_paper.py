@@ -275,13 +275,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, data, tmp_path):
 # without one are in the tests of masks, augmentation and precision.
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA GPU")
 @pytest.mark.parametrize("name", ["fc", "fc-prealigned", "bottleneck-5-published", "search", "cnn"])
-def test_a_run_on_a_gpu(name, data, tmp_path):
+def test_a_run_on_a_gpu(name, data, tmp_path, monkeypatch):
     """The gradients are those of the CPU, and a whole run with all that is random ends."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions' default
     config = replace(RUNS[name], width=24, batch=32, augment=(), held_out=0, precision="float32")
     there = paper.Data(*(paper.Split(x.cuda(), y.cuda()) for x, y in data))
     expected, got = (one_step(config, of)[0].model for of in (data, there))
     for a, b in zip(expected.parameters(), got.parameters(), strict=True):
-        assert_close(b.grad.cpu(), a.grad, 1e-3)
+        # Of the 230,000 windows pooled, rounding moves the maximum of one or two: 3e-3 each.
+        assert_close(b.grad.cpu(), a.grad, 2e-2 if name == "cnn" else 1e-3)
     config = replace(config, augment=("flip", "shift"), precision="fast", epochs=2)
     paper.train(config, 0, there, tmp_path, False, paper.Bar([(config, 0)]))
     record = json.loads((tmp_path / f"{name}-seed0.json").read_text())

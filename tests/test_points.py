@@ -1,5 +1,9 @@
 """Where a network is cut, and how the cuts are called (contract 2 and 5)."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from networks import RULE, Apply, assert_close, expected_gradients, gradients, mlp, randn, step
@@ -165,6 +169,77 @@ def test_a_layer_may_be_replaced_after_wrapping():
     B = model.feedback_matrix("1")
     layer = model.module[0][0]
     assert_close(layer.weight.grad, tanh_gradient(layer, x, g @ B))
+
+
+def swapped(layers):
+    layers[1], layers[2] = layers[2], layers[1]
+
+
+def moved_on(layers):
+    layers.insert(0, nn.Identity())
+
+
+def removed(layers):
+    del layers[1]
+
+
+def put_deeper(layers):
+    layers[1] = nn.Sequential(layers[1])
+
+
+@pytest.mark.parametrize("looks_ahead", [True, False])
+@pytest.mark.parametrize("move, names", [
+    (swapped, ["1", "2", "3"]), (moved_on, ["2", "3", "4"]), (removed, ["1", "2"]),
+    (put_deeper, ["1.0", "2", "3"]),
+])  # fmt: skip
+def test_layers_that_move_have_the_b_of_their_new_names(move, names, looks_ahead):
+    """As a copy has, or a model that loads the checkpoint."""
+    model = mlp([4, 8, 8, 8, 3], feedback=fastdfa.Feedback(seed=1, shared=False))
+    model.looks_ahead = looks_ahead
+    x, g = randn(6, 4), randn(6, 3)
+    step(model, x, g)
+    move(model.module)
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        each.zero_grad()
+        step(each, x, g)
+        assert each.feedback_points == names
+    assert_close(gradients(model), gradients(copied), 0.0)
+
+
+def test_another_module_in_a_root():
+    model = mlp([4, 8, 8, 3])
+    step(model, randn(6, 4), randn(6, 3))
+    old = weakref.ref(model.module[0].weight)
+    model.module = nn.Sequential(nn.Flatten(), linear(4, 8, "tanh"), nn.Dropout(0.0), linear(8, 3))
+    step(model, randn(6, 4), randn(6, 3))
+    assert model.feedback_points == ["3"]
+    gc.collect()
+    assert old() is None
+
+
+@pytest.mark.parametrize("looks_ahead", [True, False])
+def test_passes_of_several_kinds_in_turn(looks_ahead):
+    """What each finds again, as it was before, is of its own points."""
+    model = mlp([4, 16, 6, 3], feedback=fastdfa.Feedback(seed=1, scale="tinydfa"))
+    model.looks_ahead = looks_ahead
+    x, g = randn(6, 4), randn(6, 3)
+    for frozen, names in [(False, ["1", "2"]), (True, ["2"])] * 2:
+        model.module[0].requires_grad_(not frozen)
+        model.zero_grad()
+        step(model, x, g)
+        assert model.feedback_points == names
+        h = torch.tanh(x @ model.module[0].weight.T + model.module[0].bias).detach()
+        expected = tanh_gradient(model.module[1], h, g @ model.feedback_matrix("2"))
+        assert_close(model.module[1].weight.grad, expected)
+    for layer in model.module[:2]:
+        layer.requires_grad_(False)
+    model(x)
+    assert model.feedback_points == []
+    model.module.requires_grad_(True)
+    model(x)
+    assert len(model.learn_feedback()) == 2
+    step(model, x, g)
 
 
 def test_one_module_under_two_roots():

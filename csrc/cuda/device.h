@@ -123,12 +123,16 @@ __device__ __forceinline__ uint32_t round_to_tf32(float x) {
 // -- launches
 // ----------------------------------------------------------------------------------------
 
+// What every processor from sm_80 on lends a block: sm_86 has no more. The limit of a kernel is one
+// for all threads of the process, and so the same for all its launches.
+constexpr size_t most_shared_bytes = 99 * 1024;
+
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, const std::type_identity_t<Params>& params) {
   if (shared_bytes > 48 * 1024) {
     const cudaError_t code = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes));
     if (code != cudaSuccess) return code;
   }
   kernel<<<grid, block, shared_bytes, stream>>>(params);

@@ -641,7 +641,7 @@ class DFA(Root):
         names: list[str] = []
         for layer in layers:
             if layer not in self._names:  # made in this pass
-                self.follow_modules()
+                self._find_names()
             name = self._names.get(layer, type(layer).__name__)
             calls = 1
             while (name if calls == 1 else f"{name}#{calls}") in names:

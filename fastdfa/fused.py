@@ -229,7 +229,7 @@ def gate_of(activation: nn.Module | None) -> Gate | None:
 
 
 def _record(output: Tensor, saved: Tensor, x: Tensor, *layer: Any) -> None:
-    """Puts a layer on the tape, with the rest of its record, for the fused path, unless its gradient must go through autograd.
+    """Puts a layer on the tape, for the fused path, unless its gradient must go through autograd.
 
     It must where the input has a gradient of its own, and under saved-tensor hooks (activation
     checkpointing, offloading): what the tape keeps would escape them.

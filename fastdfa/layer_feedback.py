@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import capture, ops
-from .conv import Conv1d, Conv2d
 from .feedback import Feedback, made
-from .layers import Linear
 from .ops.reference import accumulation_dtype
-from .root import Root, exporting, names_in
+from .root import LAYERS, Root, exporting, names_in
 from .tape import state
 
 RULES = ("fa", "usf", "frsf", "brsf", "backprop")
@@ -27,7 +25,6 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     # As torch initialises a weight, bound 1 / sqrt(fan_in): BioTorch's other choice.
     "torch": lambda fan_in, fan_out: (3 * fan_in) ** -0.5,
 }
-LAYERS = (Linear, Conv1d, Conv2d)  # that follow a rule
 _DRAWN = Feedback(distribution="uniform", shared=False)  # how the B of a layer is
 
 
@@ -151,7 +148,7 @@ class LayerFeedback(Root):
     def backward_weight(self, layer: nn.Module) -> BackwardWeight:
         """What a layer reads in backward, for its call in a forward pass."""
         if layer not in self._names:
-            self.follow_modules()
+            self._find_names()
         shape, dtype, device = layer.weight.shape, layer.weight.dtype, layer.weight.device
         scale, matrix = self._deviation(tuple(shape)), None
         if self.rule in ("fa", "frsf"):

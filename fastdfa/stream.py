@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from typing import Any, NamedTuple, NoReturn
 
@@ -584,7 +584,9 @@ class _OnlyPass(_UpdatingPass):
     def _send(self, *true: tuple[Tensor, Tensor | None]) -> list[Node]:
         nodes = super()._send(*true)
         for node in nodes:  # a gradient from the loss would come too late
-            node.register_prehook(_refuse)
+            # Before PyTorch 2.13 this raises for a node that nothing leads to any more.
+            with suppress(RuntimeError):
+                node.register_prehook(_refuse)
         return nodes
 
     def end(self, y: Any) -> Tensor:

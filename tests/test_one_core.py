@@ -66,7 +66,8 @@ def test_layers_one_by_one_make_the_same_gradients_without_a_chain():
     for looks_ahead in (model.looks_ahead, True):
         model.looks_ahead = looks_ahead
         side()  # after one pass a network that is one chain goes round its layers
-        passed.append(nodes(model(side.x).grad_fn))
+        y = model(side.x)  # whose graph must live while it is walked
+        passed.append(nodes(y.grad_fn))
         grads.append({name: p.grad for name, p in model.named_parameters()})
     assert "_NetworkBackward" not in passed[0] and "_NetworkBackward" in passed[1]
     assert_close(*grads, 1e-5)

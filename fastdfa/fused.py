@@ -257,7 +257,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-@torch.compiler.assume_constant_result  # Dynamo before PyTorch 2.13 cannot trace it
+@torch.compiler.assume_constant_result  # the Dynamo of PyTorch 2.11 cannot trace it
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 

@@ -97,7 +97,7 @@ def names_in(module: nn.Module) -> dict[nn.Module, str]:
     return names
 
 
-# A constant, as Dynamo before PyTorch 2.13 tells whatever it traces that it is exported.
+# A constant, as the Dynamo of PyTorch 2.11 tells whatever it traces that it is exported.
 @torch.compiler.assume_constant_result
 def exporting() -> bool:
     """Whether a program is being exported, which has no backward."""

@@ -584,7 +584,7 @@ class _OnlyPass(_UpdatingPass):
     def _send(self, *true: tuple[Tensor, Tensor | None]) -> list[Node]:
         nodes = super()._send(*true)
         for node in nodes:  # a gradient from the loss would come too late
-            # Before PyTorch 2.13 this raises for a node that nothing leads to any more.
+            # In PyTorch 2.11 this raises for a node that nothing leads to any more.
             with suppress(RuntimeError):
                 node.register_prehook(_refuse)
         return nodes

@@ -183,13 +183,13 @@ class DenseCache:
             if key not in self._channels_last:
                 capture.refuse(capture.MADE_BEFORE.format("make its B"))
                 matrix = _channels_last(self.get(source, rows, columns), channels_last)
-                self._channels_last[key] = made(matrix)
+                self._channels_last[key] = ready_on_every_stream(matrix)
             return self._channels_last[key]
         matrix = self._matrices.get(source)
         if matrix is None or matrix.shape[0] != rows or matrix.shape[1] < columns:
             capture.refuse(capture.MADE_BEFORE.format("make its B"))
             self._drop_other_seeds(source.seed)
-            matrix = self._matrices[source] = made(source.matrix(rows, columns))
+            matrix = self._matrices[source] = ready_on_every_stream(source.matrix(rows, columns))
         return matrix
 
     def _drop_other_seeds(self, seed: int) -> None:
@@ -197,8 +197,8 @@ class DenseCache:
         self._channels_last = {k: m for k, m in self._channels_last.items() if k[0].seed == seed}
 
 
-def made(matrix: Tensor) -> Tensor:
-    """The same, once the GPU has made it: what is kept may be read on any stream."""
+def ready_on_every_stream(matrix: Tensor) -> Tensor:
+    """The same, once the GPU has made it: what is kept is read on the stream of any pass."""
     if matrix.is_cuda:
         torch.cuda.current_stream(matrix.device).synchronize()
     return matrix

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import capture, ops
-from .feedback import Feedback, made
+from .feedback import Feedback, ready_on_every_stream
 from .ops.reference import accumulation_dtype
 from .root import LAYERS, Root, exporting, names_in
 from .tape import state
@@ -191,7 +191,9 @@ class LayerFeedback(Root):
                 device=device,
             )
             matrix = matrix.reshape(shape) * self._deviation(shape)
-            self._matrices[key] = made((matrix.abs() if self.rule == "frsf" else matrix).to(dtype))
+            self._matrices[key] = ready_on_every_stream(
+                (matrix.abs() if self.rule == "frsf" else matrix).to(dtype)
+            )
         return (self._matrices[key],)
 
     def _reset(self) -> None:

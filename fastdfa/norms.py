@@ -53,7 +53,7 @@ def _is_trained(parameter: nn.Parameter | None) -> bool:
 
 
 def fewest_rows(module: nn.Module) -> int:
-    """Of a batch that is normed here: others are torch's to handle, or an error."""
+    """Of a batch that is normed here: smaller ones are torch's to handle, or an error."""
     if type(module) is nn.LayerNorm:
         return 0
     return 2 if module.training else 1

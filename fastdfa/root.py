@@ -69,13 +69,10 @@ class Root(nn.Module):
     @torch.compiler.assume_constant_result
     def follow_modules(self) -> None:
         """Finds the names anew where a module was moved, replaced, added or removed since."""
-        if self._children[0][0] is self.module:
-            for module, children in self._children:
-                if module.__dict__["_modules"] != children:
-                    break
-            else:
-                return
-        self._find_names()
+        found = self._children
+        same = all(module.__dict__["_modules"] == children for module, children in found)
+        if not same or found[0][0] is not self.module:
+            self._find_names()
 
     def _find_names(self) -> None:
         self._names = names_in(self.module)

@@ -125,6 +125,26 @@ def test_the_sanitizer_runs_all_four_tools(tmp_path):
         "memcheck", "racecheck", "synccheck", "initcheck"
     ]  # fmt: skip
     assert ["kns=fastdfa" in command.words for command in found] == [True, True, True, False]
+    quiet = ["--report-api-errors" in command.words for command in found]
+    assert quiet == [True, False, False, False]
+
+
+def test_packages_that_the_caller_brings_are_found(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/there")
+    assert gpu.environment()["PYTHONPATH"].split(os.pathsep) == [str(gpu.ROOT), "/there"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert gpu.environment()["PYTHONPATH"] == str(gpu.ROOT)
+
+
+def test_the_machine_is_on_record_from_the_first_part_on(monkeypatch, tmp_path, capsys):
+    def stopped(*_):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(gpu, "report", stopped)  # as by a signal, after the parts
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path, ["test"], {})
+    assert json.loads((tmp_path / "summary.json").read_text())["machine"]["gpu"] == "a GPU"
+    assert "test      ok" in capsys.readouterr().out
 
 
 # collect.py ------------------------------------------------------------------------------------

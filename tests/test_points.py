@@ -216,6 +216,9 @@ def test_another_module_in_a_root():
     assert model.feedback_points == ["3"]
     gc.collect()
     assert old() is None
+    model.module = nn.Sequential(nn.Identity(), *model.module)  # of the same layers
+    step(model, randn(6, 4), randn(6, 3))
+    assert model.feedback_points == ["4"]
 
 
 @pytest.mark.parametrize("looks_ahead", [True, False])

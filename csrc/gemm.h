@@ -27,7 +27,7 @@ struct GemmParams {
 // blocks of fixed size, so the numbers do not depend on how many threads there are.
 struct GemmPlan {
   int64_t block_rows, block_columns;  // multiples of gemm_rows and gemm_columns
-  int64_t panel_b;                    // elements of the packed panel of b
+  int64_t panel_a, panel_b;           // elements of the packed panels
   int64_t tasks;
 };
 
@@ -40,6 +40,8 @@ constexpr int64_t gemm_rows = 12;     // multiple of the height of every micro-k
 // A packed panel of b, [256, 256] of float, takes a quarter of an L2 cache of 1 MB. Twice as wide a
 // panel was no faster, and twice the scratch.
 constexpr int64_t gemm_depth = 256, gemm_most_columns = 256;
+// Rows of a that are packed at a time, where they are, or that stay in the L2 cache.
+constexpr int64_t gemm_packed_rows = 96;  // multiple of gemm_rows
 
 FASTDFA_INLINE int64_t gemm_tasks(const GemmProblem& g, const GemmPlan& plan) {
   return ceil_div(g.rows, plan.block_rows) * ceil_div(g.columns, plan.block_columns);
@@ -59,6 +61,7 @@ FASTDFA_INLINE GemmPlan plan_gemm(const GemmParams& p, int64_t threads) {
   for (;;) {
     plan.block_rows = round_up(ceil_div(rows, row_parts), gemm_rows);
     plan.block_columns = round_up(ceil_div(columns, column_parts), gemm_columns);
+    plan.panel_a = depth * gemm_packed_rows;
     plan.panel_b = depth * plan.block_columns;
     plan.tasks = 0;
     for (int64_t i = 0; i < p.count; ++i) plan.tasks += gemm_tasks(p.problems[i], plan);
@@ -107,9 +110,9 @@ FASTDFA_INLINE int64_t gemm_first_task(const GemmParams& p, const GemmPlan& plan
   return plan.tasks;
 }
 
-// Elements that one thread needs: the packed panel of b, and a tile of the product.
+// Elements that one thread needs: the packed panels, and a tile of the product.
 FASTDFA_INLINE int64_t gemm_scratch(const GemmPlan& plan) {
-  return round_up(plan.panel_b + gemm_rows * gemm_columns, 64);
+  return round_up(plan.panel_a + plan.panel_b + gemm_rows * gemm_columns, 64);
 }
 
 constexpr int64_t chain_rows = 16;                  // fewest rows of a thread: a vector of float
@@ -123,9 +126,9 @@ FASTDFA_INLINE int64_t chain_features(const GemmParams& p) {
   return widest;
 }
 
-// Elements that one thread needs for a chain: inputs and outputs of a layer, and a tile.
+// Elements that one thread needs for a chain: inputs and outputs of a layer, up to whole tiles.
 FASTDFA_INLINE int64_t chain_scratch(const GemmParams& p) {
-  return (2 * chain_features(p) + gemm_rows) * gemm_columns;
+  return 2 * round_up(chain_features(p), gemm_rows) * gemm_columns;
 }
 
 // Whether a thread had better make its rows of all products of a chain, transposing inputs and

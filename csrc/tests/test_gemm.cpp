@@ -140,6 +140,8 @@ int main() {
       {{100, 17, 257, false, true, true, Activation::tanh}},
       {{98, 600, 40, true, false, false, none}},
       {{200, 63, 513, true, false, false, none}},
+      {{517, 70, 300, true, false, false, none}},  // so far apart that rows of `a` are packed
+      {{517, 17, 40, true, true, true, Activation::tanh}},
       {{37, 50, 20, false, false, true, none}},
       {{37, 50, 20, true, true, false, none}},
   };
@@ -153,6 +155,7 @@ int main() {
     for (int64_t rows : {0, 1, 15, 64, 100}) {
       for (bool transposed : {false, true}) {
         run_chain<float>(kernels, name, rows, {33, 17, 65, 1, 130}, transposed, 1e-6);
+        run_chain<float>(kernels, name, rows, {300, 7, 260, 20}, transposed, 1e-6);
         run_chain<double>(kernels, name, rows, {300, 7, 260, 20}, transposed, 1e-14);
       }
     }

@@ -40,7 +40,7 @@ constexpr int64_t gemm_rows = 12;     // multiple of the height of every micro-k
 // A packed panel of b, [256, 256] of float, takes a quarter of an L2 cache of 1 MB. Twice as wide a
 // panel was no faster, and twice the scratch.
 constexpr int64_t gemm_depth = 256, gemm_most_columns = 256;
-// Rows of a that are packed at a time, where they are, or that stay in the L2 cache.
+// Rows of a, or weights of a chain, that are read from the L2 cache in turn with a tile of b.
 constexpr int64_t gemm_packed_rows = 96;  // multiple of gemm_rows
 
 FASTDFA_INLINE int64_t gemm_tasks(const GemmProblem& g, const GemmPlan& plan) {

@@ -51,23 +51,21 @@ template <class T> struct GemmBlock {
     }
   }
 
-  // Whether rows of `a` are packed: those of a weight gradient, which lie side by side, where the
-  // depth goes in steps of 2 KB or more, whose cache lines fall into few sets of the L1 cache. On
-  // Zen 3 gradients 512 to 2048 wide are so 1.1 to 1.3 times as fast, and narrower ones 0.93. Where
-  // a tile is as wide as four vectors (Zen 4), `a` is read a quarter as often, and wide ones did
-  // not gain.
+  // Whether rows of `a` that lie side by side, as those of a weight gradient, are packed: where the
+  // depth goes in steps of 2 KB or more, as its cache lines fall into few sets of the caches then.
+  // On Zen 3 gradients from 512 wide on are 1.1 to 1.4 times as fast so, narrower ones 0.93. A tile
+  // as wide as on Zen 4 reads `a` a quarter as often: there wide ones were within 5%.
   bool packs_a() const {
     return Tile::columns < gemm_columns && g.a_row == 1 && g.a_column * sizeof(T) >= 2048;
   }
 
-  // panel_a[k][row]
+  // panel_a[k][row of the packed ones]
   void pack_a(int64_t from, int64_t count, int64_t first, int64_t depth) {
     for (int64_t k = 0; k < depth; ++k)
       __builtin_memcpy(panel_a + k * gemm_packed_rows, a(row + from, first + k), count * sizeof(T));
   }
 
-  // Rows from `from` by all columns, of which `a_rows` are these, a row of the depth `a_column`
-  // apart.
+  // A tile of rows, which begin at `a_rows`, by all columns.
   template <Activation kind>
   void multiply_rows(const T* const (&a_rows)[Tile::rows], int64_t a_column, int64_t from,
                      int64_t first, int64_t depth) {

@@ -88,7 +88,7 @@ template <class B, class C> struct Block {
   // panel_a[pair of the depth][row], where a pair does not lie side by side in `a` itself.
   void pack_a(int64_t from, int64_t count, int64_t first, int64_t depth) {
     for (int64_t k = 0; k < depth; k += 2) {
-      uint32_t* target = panel_a + k / 2 * bf16_packed_rows;
+      uint32_t* target = panel_a + k / 2 * gemm_packed_rows;
       for (int64_t i = 0; i < count; i += 32) {
         const bool two = k + 1 < depth;
         if (g.a_row == 1) {
@@ -168,7 +168,7 @@ template <class B, class C> struct Block {
                       : panel_a + packed + r;
     for (int64_t j = 0; j < columns; j += columns_of_tile) {
       const int64_t vectors = ceil_div(min(columns_of_tile, columns - j), 16);
-      ((vectors == v + 1 ? multiply_tile<kind, v + 1>(a_rows, packed < 0 ? 1 : bf16_packed_rows,
+      ((vectors == v + 1 ? multiply_tile<kind, v + 1>(a_rows, packed < 0 ? 1 : gemm_packed_rows,
                                                       panel_b + j * pairs, pairs, from, j,
                                                       first == 0, first + depth == g.depth)
                          : void()),
@@ -181,7 +181,7 @@ template <class B, class C> struct Block {
       const int64_t depth = min(block_depth, g.depth - first);
       pack_b(first, depth);
       const bool packs = g.a_column != 1 || depth % 2;
-      const int64_t step = packs ? bf16_packed_rows : rows;
+      const int64_t step = packs ? gemm_packed_rows : rows;
       for (int64_t i = 0; i < rows; i += step) {
         const int64_t count = min(step, rows - i);
         if (packs) pack_a(i, count, first, depth);
@@ -194,18 +194,18 @@ template <class B, class C> struct Block {
 };
 
 template <class B, class C>
-void run_tasks(const Bf16GemmParams& p, const Bf16GemmPlan& plan, int64_t begin, int64_t end,
+void run_tasks(const Bf16GemmParams& p, const GemmPlan& plan, int64_t begin, int64_t end,
                uint32_t* scratch) {
   for (int64_t index = begin; index < end; ++index) {
-    const GemmTask task = find_gemm_task(cut_of(p), plan.cut, index);
+    const GemmTask task = find_gemm_task(cut_of(p), plan, index);
     const GemmProblem& g = p.problems[task.problem];
     Block<B, C> block{g,
                       task.row,
                       task.column,
-                      min(plan.cut.block_rows, g.rows - task.row),
-                      min(plan.cut.block_columns, g.columns - task.column),
+                      min(plan.block_rows, g.rows - task.row),
+                      min(plan.block_columns, g.columns - task.column),
                       scratch,
-                      scratch + plan.cut.panel_b};
+                      scratch + plan.panel_b};
     const int64_t depth = p.gradients ? bf16_gemm_depth : max(g.depth, 1);
     dispatch_activation(g.kind, [&](auto kind) {
       if constexpr (derivative_from_output(kind.value)) block.template run<kind.value>(depth);
@@ -215,7 +215,7 @@ void run_tasks(const Bf16GemmParams& p, const Bf16GemmPlan& plan, int64_t begin,
 
 }  // namespace
 
-void gemm_bf16(const Bf16GemmParams& p, const Bf16GemmPlan& plan, int64_t begin, int64_t end,
+void gemm_bf16(const Bf16GemmParams& p, const GemmPlan& plan, int64_t begin, int64_t end,
                void* scratch) {
   uint32_t* const panels = static_cast<uint32_t*>(scratch);
   p.gradients ? run_tasks<bfloat16, float>(p, plan, begin, end, panels)

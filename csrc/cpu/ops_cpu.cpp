@@ -137,13 +137,12 @@ void multiply_bf16(const OpCall& call, const std::vector<GemmProblem>& problems,
   for (const GemmProblem& g : problems) multiplications += gemm_multiplications(g);
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t parts = max(1, min(threads, multiplications / grain_multiplications));
-  const Bf16GemmPlan plan = plan_bf16_gemm(p, parts);
-  if (plan.cut.tasks == 0) return;
+  const GemmPlan plan = plan_bf16_gemm(p, parts);
+  if (plan.tasks == 0) return;
   const Scratch scratch(call, ScalarType::Float, bf16_gemm_scratch(plan));
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    avx512_bf16::gemm_bf16(p, plan, gemm_first_task(cut_of(p), plan.cut, begin, parts),
-                           gemm_first_task(cut_of(p), plan.cut, end, parts),
-                           scratch.of_this_thread());
+    avx512_bf16::gemm_bf16(p, plan, gemm_first_task(cut_of(p), plan, begin, parts),
+                           gemm_first_task(cut_of(p), plan, end, parts), scratch.of_this_thread());
   });
 #endif
 }

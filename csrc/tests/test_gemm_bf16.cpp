@@ -80,9 +80,9 @@ template <class B, class C> static void run(const std::vector<Case>& cases) {
     for (const Case& c : cases) products.emplace_back(c, 1000 * int64_t(products.size()));
     for (const Product<B, C>& product : products) problems.push_back(product.g);
     const Bf16GemmParams p{problems.data(), int64_t(problems.size()), sizeof(C) == 4};
-    const Bf16GemmPlan plan = plan_bf16_gemm(p, threads);
+    const GemmPlan plan = plan_bf16_gemm(p, threads);
     Guarded<uint32_t> scratch(bf16_gemm_scratch(plan));
-    for (int64_t task = plan.cut.tasks; task-- > 0;)
+    for (int64_t task = plan.tasks; task-- > 0;)
       avx512_bf16::gemm_bf16(p, plan, task, task + 1, scratch.data());
     std::vector<double> all;
     for (const Product<B, C>& product : products) {

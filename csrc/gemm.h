@@ -40,8 +40,9 @@ constexpr int64_t gemm_rows = 12;     // multiple of the height of every micro-k
 // A packed panel of b, [256, 256] of float, takes a quarter of an L2 cache of 1 MB. Twice as wide a
 // panel was no faster, and twice the scratch.
 constexpr int64_t gemm_depth = 256, gemm_most_columns = 256;
-// Rows of a, or weights of a chain, that are read from the L2 cache in turn with a tile of b.
-constexpr int64_t gemm_packed_rows = 96;  // multiple of gemm_rows
+// Rows of a that are packed at a time, where they are: [96, 256] of float, 96 KB of the L2 cache.
+constexpr int64_t gemm_packed_rows = 96;
+static_assert(gemm_packed_rows % gemm_rows == 0, "the packed rows are whole tiles");
 
 FASTDFA_INLINE int64_t gemm_tasks(const GemmProblem& g, const GemmPlan& plan) {
   return ceil_div(g.rows, plan.block_rows) * ceil_div(g.columns, plan.block_columns);

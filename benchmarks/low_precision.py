@@ -41,8 +41,9 @@ from data import DataError, Dataset, load
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastdfa import gemm, ops
+from fastdfa import ops
 from fastdfa.activations import KINDS
+from fastdfa.ops import products as gemm
 
 TANH = KINDS.index("tanh")
 LEVELS = 127

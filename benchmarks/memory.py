@@ -45,7 +45,8 @@ from torch.optim import SGD, Optimizer
 from torch.utils.checkpoint import checkpoint_sequential
 
 import fastdfa
-from fastdfa import gemm, signals
+from fastdfa import signals
+from fastdfa.ops import products as gemm
 
 CLASSES = 10
 SETTINGS = {"lr": 1e-3, "momentum": 0.9}

@@ -45,7 +45,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastdfa
-from fastdfa import gemm
+from fastdfa.ops import products as gemm
 
 INPUTS, CLASSES = 784, 10
 

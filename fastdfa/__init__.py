@@ -1,18 +1,18 @@
 """Training neural networks by direct feedback alignment (DFA), faster than backprop."""
 
 from . import matrices, ops, projectors, signals
-from .alignment import AlignmentMonitor, alignment
-from .build import build_info
-from .conv import Conv1d, Conv2d
-from .convert import convert
+from .conversion import convert
 from .dfa import DFA, backprop
-from .feedback import PRESETS, Feedback
-from .forward_gradient import forward_gradient
-from .inspect import inspect
-from .layer_feedback import LayerFeedback
-from .layers import FeedbackPoint, Linear
-from .stream import StreamingStep
-from .surrogate import Surrogate
+from .diagnostics.alignment import AlignmentMonitor, alignment
+from .diagnostics.inspection import inspect
+from .feedback.rule import PRESETS, Feedback
+from .forward_mode import forward_gradient
+from .layerwise import LayerFeedback
+from .nn.conv import Conv1d, Conv2d
+from .nn.linear import FeedbackPoint, Linear
+from .nn.surrogate import Surrogate
+from .ops.loading import build_info
+from .streaming.step import StreamingStep
 
 __version__ = "0.1.0"
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import feedback as feedback_rules
-from . import fsdp, graph, network, ops, plan, signals
-from .broadcast import (
+from . import ops, signals
+from .engine import bypass, network, plan
+from .engine import sharding as fsdp
+from .engine.broadcast import (
     Broadcast,
     BroadcastInTurn,
     Group,
@@ -23,13 +24,14 @@ from .broadcast import (
     Target,
     announce,
 )
-from .feedback import LOW_RANK_STREAM, DenseCache, Feedback, Source
-from .fused import LINEAR
+from .engine.fused import LINEAR
+from .engine.root import Root, exporting
+from .engine.tape import Chain, Point, Receiver, Tape, state
+from .feedback import rule as feedback_rules
+from .feedback.rule import LOW_RANK_STREAM, DenseCache, Feedback, Source
 from .matrices import Compression, Learning, Matrices, Rule, learning_of, learnt
 from .ops.reference import accumulation_dtype
 from .projectors import Projector
-from .root import Root, exporting
-from .tape import Chain, Point, Receiver, Tape, state
 
 
 class Layout(NamedTuple):
@@ -386,7 +388,7 @@ class DFA(Root):
         names = self._name(points)
         layout = self._lay_out(points, names, y)
         if eager and layout != self._checked:
-            graph.check(self, tape, points, names, y)
+            bypass.check(self, tape, points, names, y)
             self._checked = layout
         if not points:
             if eager:

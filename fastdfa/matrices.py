@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import signals
-from .feedback import hash_of
-from .fused import as_matrix
-from .tape import Point
+from .engine.fused import as_matrix
+from .engine.tape import Point
+from .feedback.rule import hash_of
 
 SHARED = "shared"
 

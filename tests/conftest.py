@@ -5,7 +5,7 @@ import torch
 from networks import mlp
 
 import fastdfa
-from fastdfa import network
+from fastdfa.engine import network
 
 torch.set_num_threads(2)
 

@@ -428,7 +428,7 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("error", ["mean", "sum"])
 def test_the_error_is_copied_once_to_each_device(error, monkeypatch):
     """Though the layers there are several groups, as few fit the workspace."""
-    monkeypatch.setitem(fastdfa.plan.WORKSPACE_BYTES, "cpu", 1)
+    monkeypatch.setitem(fastdfa.engine.plan.WORKSPACE_BYTES, "cpu", 1)
     rule = fastdfa.Feedback(seed=1, error=error)
     model = fastdfa.DFA(TwoDevices(), feedback=rule)
     x, g = randn(6, 5), randn(6, 3)

@@ -74,7 +74,7 @@ def test_products_of_bfloat16_cast_neither_weights_nor_gradients(monkeypatch, wi
     x, g = randn(20, 16, dtype=torch.float32), randn(20, 3, dtype=torch.float32)
     hidden = [layer.weight for layer in model.module[:-1]]
     for library in ("fastdfa", "torch"):
-        monkeypatch.setattr(fastdfa.gemm, "library", lambda library=library: library)
+        monkeypatch.setattr(fastdfa.ops.products, "library", lambda library=library: library)
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = (model(x).float() * g).sum()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastdfa
-from fastdfa import build
+from fastdfa.ops import loading as build
 
 PACKAGE = Path(fastdfa.__file__).parent
 ROOT = PACKAGE.parent

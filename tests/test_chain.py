@@ -20,7 +20,7 @@ from test_ops import FROM_OUTPUT
 from torch import nn
 
 import fastdfa
-from fastdfa import network, plan
+from fastdfa.engine import network, plan
 
 
 @pytest.fixture(autouse=True)

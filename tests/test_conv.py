@@ -53,7 +53,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 def _workspace(request, monkeypatch):
     """Large networks are fed in turn: here as if none were small."""
     if request.param == "fed in turn":
-        monkeypatch.setattr(fastdfa.plan, "WORKSPACE_BYTES", {"cpu": 0})
+        monkeypatch.setattr(fastdfa.engine.plan, "WORKSPACE_BYTES", {"cpu": 0})
 
 
 def convolution(kind, activation="none", **options):

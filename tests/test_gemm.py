@@ -23,7 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdfa
-from fastdfa import fused, gemm, ops
+from fastdfa import ops
+from fastdfa.engine import fused
+from fastdfa.ops import products as gemm
 from fastdfa.ops import reference
 
 TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-13}

@@ -26,7 +26,7 @@ X, G = randn(6, 5), randn(6, 3)
 
 @pytest.fixture(autouse=True)
 def _no_workspace(monkeypatch):
-    monkeypatch.setattr(fastdfa.plan, "WORKSPACE_BYTES", {"cpu": 0})
+    monkeypatch.setattr(fastdfa.engine.plan, "WORKSPACE_BYTES", {"cpu": 0})
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_one_projection_exists_at_a_time(projections):
 @pytest.mark.parametrize("few, made", [(2, 1), (3, 3)])
 def test_points_of_one_size_share_a_projection_that_is_dear(projections, monkeypatch, few, made):
     """Of three classes; where that is few, each is made anew, and gone before the next."""
-    monkeypatch.setattr(fastdfa.broadcast, "_FEW_CLASSES", few)
+    monkeypatch.setattr(fastdfa.engine.broadcast, "_FEW_CLASSES", few)
     model = fastdfa.DFA(blocks([5, 8, 8, 8, 3]), feedback=RULE)
     loss = (model(X) * G).sum()
     alive = []

@@ -12,7 +12,7 @@ from networks import RULE, Apply, fresh, mlp, randn
 from torch import nn
 
 import fastdfa
-from fastdfa.broadcast import Broadcast
+from fastdfa.engine.broadcast import Broadcast
 
 FEEDBACK, TRUE, NOTHING = "feedback", "true gradient", "nothing"
 

@@ -16,7 +16,7 @@ from networks import assert_close, gradients, layers_of, mlp, randn, step
 from torch import nn
 
 import fastdfa
-from fastdfa.layer_feedback import RULES
+from fastdfa.layerwise import RULES
 
 FIXED = [rule for rule in RULES if rule != "brsf"]
 SEED = 2**40 + 3

@@ -362,7 +362,7 @@ def test_an_optimizer_that_counts_its_steps(workspace):
 @pytest.mark.parametrize("kind", ["layers", "blocks"])
 def test_the_peak_does_not_depend_on_depth(kind, monkeypatch):
     """With its gradients it takes less than the activations of eight layers."""
-    monkeypatch.setattr(fastdfa.plan, "WORKSPACE_BYTES", {"cpu": 0})
+    monkeypatch.setattr(fastdfa.engine.plan, "WORKSPACE_BYTES", {"cpu": 0})
     x, y = randn(512, 64, dtype=torch.float32), torch.arange(512) % 3
     peaks = []
     for depth in (8, 32):

@@ -10,7 +10,7 @@ from formulas import ACTIVATIONS, DISTRIBUTIONS, unit_feedback
 from networks import assert_close, randn
 
 import fastdfa
-from fastdfa import build
+from fastdfa.ops import loading as build
 from fastdfa.ops import reference
 
 EXTENSION = "cpu" in fastdfa.build_info()["kernels"]

@@ -34,7 +34,7 @@ def sgd(parameters):
 def workspace(request, monkeypatch):
     """Without room for two layers every point is fed alone; with it, small layers together."""
     if request.param == "each layer":
-        monkeypatch.setattr(fastdfa.plan, "WORKSPACE_BYTES", {"cpu": 0})
+        monkeypatch.setattr(fastdfa.engine.plan, "WORKSPACE_BYTES", {"cpu": 0})
 
 
 def ordinary(model, optimizer):
@@ -169,7 +169,7 @@ def test_matrices_that_stay(workspace):
 
 def test_matrices_that_learn_are_updated_with_the_layers_that_they_feed(monkeypatch):
     """So that their gradients do not gather over depth."""
-    monkeypatch.setattr(fastdfa.plan, "WORKSPACE_BYTES", {"cpu": 0})
+    monkeypatch.setattr(fastdfa.engine.plan, "WORKSPACE_BYTES", {"cpu": 0})
     model, turns = mlp([5, 8, 8, 8, 3]), []
     model(X)
     matrices = model.learn_feedback()
@@ -543,7 +543,7 @@ def peak(step):
 def test_the_peak_does_not_depend_on_depth(kind, monkeypatch):
     """Of the first step, which surveys the model, and of a later one. With its gradients it takes
     less than the activations of eight layers."""
-    monkeypatch.setattr(fastdfa.plan, "WORKSPACE_BYTES", {"cpu": 0})
+    monkeypatch.setattr(fastdfa.engine.plan, "WORKSPACE_BYTES", {"cpu": 0})
     x, y = randn(512, 64, dtype=torch.float32), torch.arange(512) % 3
     first, later = [], []
     for depth in (8, 32):
@@ -564,7 +564,7 @@ def test_the_peak_does_not_depend_on_depth(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["layers", "blocks"])
 def test_one_activation_and_one_gradient_at_a_time(kind, monkeypatch):
-    monkeypatch.setattr(fastdfa.plan, "WORKSPACE_BYTES", {"cpu": 0})
+    monkeypatch.setattr(fastdfa.engine.plan, "WORKSPACE_BYTES", {"cpu": 0})
     model = deep(6, kind)
     optimizer = sgd(model.parameters())
     step = fastdfa.StreamingStep(model, optimizer)
@@ -831,7 +831,7 @@ def test_a_parameter_that_is_used_otherwise_than_before():
     step(lambda: (model(X) * G).sum())
     twice = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastdfa.plan, "WORKSPACE_BYTES", {"cpu": 0})
+        patch.setattr(fastdfa.engine.plan, "WORKSPACE_BYTES", {"cpu": 0})
         with refused(["after it was updated", "uses its parameters"], RuntimeError):
             step(lambda: (model(X) * G).sum())
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import build, gemm
 from ..activations import FIRST_KIND_FROM_INPUT, KINDS
-from . import reference
+from . import loading, products, reference
 from .reference import accumulation_dtype
 
 __all__ = [
@@ -51,7 +50,7 @@ def fill_feedback_(out: Tensor, seed: int, stream: int = 0, distribution: str = 
     _check_matrix("out", out)
     if out.shape[1] > 1 and out.stride(1) != 1:
         raise ValueError(f"out must have contiguous rows, got strides {tuple(out.stride())}")
-    if build.available(out.device.type):
+    if loading.available(out.device.type):
         torch.ops.fastdfa.fill_feedback_(out, seed, stream, code)
     else:
         reference.fill_feedback_(out, seed, stream, code)
@@ -142,7 +141,7 @@ def project_gate(
     code = _distribution(distribution)
     if not isinstance(error, Tensor):
         raise TypeError(f"error must be a tensor, got {type(error).__name__}")
-    if not build.available(error.device.type):
+    if not loading.available(error.device.type):
         # A traced call is checked by nobody: Dynamo knows too little of the shapes here.
         if not torch.compiler.is_compiling():
             _check_project_gate(error, feedback, saved, kinds, params, scales, streams)
@@ -173,7 +172,7 @@ def gate(grad: Tensor, saved: Tensor, kind: int, param: float = 0.0) -> tuple[Te
     _check_kinds([kind], [param], KINDS)
     _check_matrix("grad", grad)
     _check_like("saved", saved, grad, grad.shape)
-    if build.available(grad.device.type):
+    if loading.available(grad.device.type):
         return torch.ops.fastdfa.gate(grad, saved, kind, param)
     return reference.gate(grad, saved, kind, param)
 
@@ -192,7 +191,7 @@ def activate_(x: Tensor, bias: Tensor | None, kind: int, param: float = 0.0) -> 
         raise ValueError(f"x must be contiguous, got strides {tuple(x.stride())}")
     if bias is not None:
         _check_bias(x, bias)
-    if build.available(x.device.type):
+    if loading.available(x.device.type):
         torch.ops.fastdfa.activate_(x, bias, kind, param)
     else:
         reference.activate_(x, bias, kind, param)
@@ -221,7 +220,7 @@ def linear_chain(
         ValueError, TypeError, RuntimeError: where shapes, lengths, dtypes or devices do not fit.
     """
     wide = len(weights) > 0 and weights[0].dtype != x.dtype
-    if gemm.multiplies(x, wide):
+    if products.multiplies(x, wide):
         _check_kinds(kinds, params, KINDS[:FIRST_KIND_FROM_INPUT])
         if x.dtype == torch.bfloat16:
             biases = [bias if bias is None else bias.float() for bias in biases]
@@ -230,7 +229,7 @@ def linear_chain(
     if wide and weights[0].dtype == accumulation_dtype(x.dtype):
         with torch.no_grad():
             weights = [weight.to(x.dtype) for weight in weights]
-    if gemm.widens(x, *weights):
+    if products.widens(x, *weights):
         for weight, bias, kind, param in zip(weights, biases, kinds, params, strict=True):
             bias = bias.float() if bias is not None and bias.dtype == x.dtype else bias
             (h,) = linear_chain(x.float(), [weight.float()], [bias], [kind], [param])
@@ -238,7 +237,7 @@ def linear_chain(
             outputs.append(x)
         return outputs
     with torch.no_grad():
-        memory = gemm.memory_of_outputs(x, weights)
+        memory = products.memory_of_outputs(x, weights)
         for out, *layer in zip(memory, weights, biases, kinds, params, strict=True):
             weight, bias, kind, param = layer
             x = torch.mm(x, weight.t(), out=out)
@@ -262,15 +261,15 @@ def weight_gradients(
     """
     if len(deltas) != len(inputs):
         raise ValueError(f"inputs must be as many as the {len(deltas)} deltas, got {len(inputs)}")
-    if deltas and gemm.multiplies(deltas[0], wide):
+    if deltas and products.multiplies(deltas[0], wide):
         return torch.ops.fastdfa.weight_gradients(deltas, inputs)
-    if deltas and gemm.widens(*deltas, *inputs):
+    if deltas and products.widens(*deltas, *inputs):
         # One by one, as copies of a group would take half of a step's memory more.
         pairs = zip(deltas, inputs, strict=True)
         grads = (weight_gradients([d.float()], [x.float()])[0] for d, x in pairs)
         return [grad if wide else grad.to(deltas[0].dtype) for grad in grads]
     # A traced call knows no addresses.
-    by_torch = reference if torch.compiler.is_compiling() else gemm
+    by_torch = reference if torch.compiler.is_compiling() else products
     grads = by_torch.weight_gradients(deltas, inputs)
     return [grad.to(accumulation_dtype(grad.dtype)) for grad in grads] if wide else grads
 
@@ -453,7 +452,7 @@ def _register_flop_formulas() -> None:
         return sum(2 * rows * n * k for (rows, n), (_, k) in pairs)
 
 
-build.load()
-if build.available("cpu"):
+loading.load()
+if loading.available("cpu"):
     _register_fakes()
     _register_flop_formulas()

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
-from . import ops, plan
-from .activations import Gate, gate_of, hooked
+from .. import ops
+from ..activations import Gate, gate_of, hooked
+from . import plan
 from .broadcast import Group, products
 from .fused import (
     LinearMap,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .dfa import DFA, check_output
-from .inspect import roots_of, unwrapped
+from .diagnostics.inspection import roots_of, unwrapped
+from .engine.tape import Edge, Point, Tape
 from .matrices import as_fed
-from .tape import Edge, Point, Tape
 
 
 def forward_gradient(model: nn.Module, x: Any) -> None:

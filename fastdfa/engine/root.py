@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import capture
-from .conv import Conv1d, Conv2d
-from .layers import Linear
+from ..nn.conv import Conv1d, Conv2d
+from ..nn.linear import Linear
+from ..ops import capture
 
 LAYERS = (Linear, Conv1d, Conv2d)  # of this library
 # Parts that wrappers add to names; B must not depend on them.

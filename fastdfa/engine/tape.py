@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from .activations import Gate
+from ..activations import Gate
 
 if TYPE_CHECKING:
+    from ..layerwise import BackwardWeight, LayerFeedback
     from .broadcast import ChainFeedback
-    from .layer_feedback import BackwardWeight, LayerFeedback
 
 
 class State(threading.local):

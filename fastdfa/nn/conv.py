@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import activations, ops
-from .activations import Gate
-from .fused import activated, autocast_dtype, gate_of, gated
-from .tape import Fed, backward_weight, cut, note_reader
+from .. import activations, ops
+from ..activations import Gate
+from ..engine.fused import activated, autocast_dtype, gate_of, gated
+from ..engine.tape import Fed, backward_weight, cut, note_reader
 
 if TYPE_CHECKING:
-    from .layer_feedback import BackwardWeight
+    from ..layerwise import BackwardWeight
 
 
 class _Convolution:

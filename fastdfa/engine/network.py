@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import activations, norms, ops
+from .. import activations, ops
+from ..activations import IDENTITY, Gate, hooked
+from ..nn.linear import Linear
+from ..ops.reference import accumulation_dtype
+from . import norms
 from .accumulate import ANCHOR, accumulate, check_alone, unwatched
-from .activations import IDENTITY, Gate, hooked
 from .chain import gradients, ready
 from .fused import (
     as_matrix,
@@ -31,12 +34,10 @@ from .fused import (
     plain_linear,
     saved_tensor_hooks_active,
 )
-from .layers import Linear
-from .ops.reference import accumulation_dtype
 
 if TYPE_CHECKING:
+    from ..dfa import DFA, Layout
     from .broadcast import Group, Sender
-    from .dfa import DFA, Layout
 
 
 class Stage(NamedTuple):

@@ -58,8 +58,8 @@ def build_info() -> dict[str, Any]:
     Everything from `cpu_capability` on is absent where the extension is; where only the module
     that knows it is, `unknown` says why.
     """
-    from . import __version__
-    from .gemm import library
+    from .. import __version__
+    from .products import library
 
     info = {
         "fastdfa": __version__,
@@ -82,7 +82,7 @@ def _missing() -> str | None:
 
 
 def _library(device_type: str) -> Path:
-    return Path(__file__).with_name(f"_C_{device_type}.so")
+    return Path(__file__).parents[1] / f"_C_{device_type}.so"
 
 
 def _load(device_type: str, reason: str | None) -> None:
@@ -104,7 +104,7 @@ def _facts() -> dict[str, Any]:
     if _missing():
         return {}
     try:
-        from . import _ext
+        from .. import _ext
     except ImportError as error:  # not for this Python; the op libraries load in any version
         return {"unknown": str(error)}
     return _ext.build_facts()

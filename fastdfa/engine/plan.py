@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .activations import IDENTITY
+from ..activations import IDENTITY
 from .broadcast import Group, Target
 from .tape import Affine, Chain, LayerRecord, Point, Receiver
 
 if TYPE_CHECKING:
-    from .dfa import Layout
+    from ..dfa import Layout
 
 # Outside chains the deltas of one group of layers exist at a time: of one layer, or of as many as
 # fit in this. At its peak backprop holds two gradients of a layer's size. And deltas this small are

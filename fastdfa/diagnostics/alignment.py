@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from . import ops, table
-from .dfa import DFA, backprop, check_output
-from .inspect import left_as_it_was, parameters_of, roots_of, unwrapped
-from .layer_feedback import LAYERS, LayerFeedback
-from .root import Root, names_in
-from .tape import Edge, LayerRecord, Point, Tape, state
+from .. import ops
+from ..dfa import DFA, backprop, check_output
+from ..engine.root import Root, names_in
+from ..engine.tape import Edge, LayerRecord, Point, Tape, state
+from ..layerwise import LAYERS, LayerFeedback
+from . import table
+from .inspection import left_as_it_was, parameters_of, roots_of, unwrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

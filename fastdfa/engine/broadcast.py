@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
-from . import ops, signals
-from .activations import IDENTITY
+from .. import ops, signals
+from ..activations import IDENTITY
+from ..projectors import Projected, Projector
+from ..signals import Signal
 from .fused import as_matrix
-from .projectors import Projected, Projector
-from .signals import Signal
 from .tape import Affine, Chain, Fed
 
 # Up to here a projection is made as fast as memory takes it, and anew for each point that is fed in

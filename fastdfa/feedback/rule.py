@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import capture, ops, signals
-from .signals import Signal
+from .. import ops, signals
+from ..ops import capture
+from ..signals import Signal
 
 # Above this size a dense B is not kept but generated inside the kernels, piece by piece.
 DENSE_LIMIT_BYTES = 256 * 2**20

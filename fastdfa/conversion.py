@@ -16,13 +16,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import activations
-from .conv import Conv1d, Conv2d
 from .dfa import DFA
-from .feedback import Feedback
-from .layer_feedback import RULES, LayerFeedback
-from .layers import FeedbackPoint, Linear
-from .root import Root
-from .tape import state
+from .engine.root import Root
+from .engine.tape import state
+from .feedback.rule import Feedback
+from .layerwise import RULES, LayerFeedback
+from .nn.conv import Conv1d, Conv2d
+from .nn.linear import FeedbackPoint, Linear
 
 Selector = type | str
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import build
+from . import loading
 
 LIBRARIES = ("torch", "fastdfa")
 _DTYPES = (torch.float32, torch.float64)
@@ -44,7 +44,7 @@ def library() -> str:
     chosen = os.environ.get("FASTDFA_GEMM")
     if chosen is not None and chosen not in LIBRARIES:
         raise ValueError(f"FASTDFA_GEMM must be one of {', '.join(LIBRARIES)}, got {chosen!r}")
-    if not build.available("cpu"):
+    if not loading.available("cpu"):
         return "torch"
     return chosen or ("fastdfa" if _made_by_amd() else "torch")
 
@@ -61,7 +61,7 @@ def multiplies(x: Tensor, wide: bool = False) -> bool:
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
     if x.dtype == torch.bfloat16:
-        return wide and library() == "fastdfa" and build.multiplies_bfloat16()
+        return wide and library() == "fastdfa" and loading.multiplies_bfloat16()
     return x.dtype in _DTYPES and library() == "fastdfa"
 
 

@@ -27,10 +27,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import capture, graph, plan
-from .dfa import DFA, Layout, Settled, check_output
-from .matrices import learnt
-from .tape import Edge, LayerRecord, Point, Tape, state
+from ..dfa import DFA, Layout, Settled, check_output
+from ..engine import bypass, plan
+from ..engine.tape import Edge, LayerRecord, Point, Tape, state
+from ..matrices import learnt
+from ..ops import capture
 
 
 class StreamingStep:
@@ -397,7 +398,7 @@ class _Schedule(NamedTuple):
         cut = [readings[index] for index in points]
         names = root._name(cut)
         root._lay_out(cut, names, y)
-        graph.check(root, survey, cut, names, y)
+        bypass.check(root, survey, cut, names, y)
         turn, uses = _walk([reading.edge.node for reading in cut] + [y.grad_fn])
         due: list[list[int]] = [[] for _ in turn]
         complete: list[list[Tensor]] = [[] for _ in turn]

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import activations, gemm, ops
-from .activations import Gate
+from .. import activations, ops
+from ..activations import Gate
+from ..ops import products
 from .tape import Affine, Fed, LayerRecord, state
 
 if TYPE_CHECKING:
-    from .layer_feedback import BackwardWeight
+    from ..layerwise import BackwardWeight
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ _PAYING = 2**24
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
     large = x.numel() * len(weight) >= _PAYING
-    return large and gemm.multiplies(x, wide=x.dtype != weight.dtype)
+    return large and products.multiplies(x, wide=x.dtype != weight.dtype)
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -274,6 +275,6 @@ def in_dtype_of_autocast(
         return x, weights
     x = x.to(dtype)
     may_be_wide = may_be_wide and all(weight.dtype == torch.float32 for weight in weights)
-    if may_be_wide and gemm.multiplies(x, wide=True):
+    if may_be_wide and products.multiplies(x, wide=True):
         return x, weights
     return x, [weight.to(dtype) for weight in weights]

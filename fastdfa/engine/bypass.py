@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from .activations import KINDS
+from ..activations import KINDS
+from ..nn.conv import Conv1d, Conv2d
+from ..nn.linear import Linear
 from .chain import functions_behind, separate
-from .conv import Conv1d, Conv2d
-from .layers import Linear
 from .tape import Edge, Point, Tape
 
 if TYPE_CHECKING:
-    from .dfa import DFA
+    from ..dfa import DFA
 
 _SQUASHED = ("LogSoftmax", "Softmax", "Sigmoid", "LogSigmoid")
 

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import capture, ops
-from .feedback import Feedback, ready_on_every_stream
+from . import ops
+from .engine.root import LAYERS, Root, exporting, names_in
+from .engine.tape import state
+from .feedback.rule import Feedback, ready_on_every_stream
+from .ops import capture
 from .ops.reference import accumulation_dtype
-from .root import LAYERS, Root, exporting, names_in
-from .tape import state
 
 RULES = ("fa", "usf", "frsf", "brsf", "backprop")
 

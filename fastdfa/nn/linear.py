@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import activations, chain
-from .fused import LINEAR, activated, gate_of, linear
-from .tape import backward_weight, cut, note_reader
+from .. import activations
+from ..engine import chain
+from ..engine.fused import LINEAR, activated, gate_of, linear
+from ..engine.tape import backward_weight, cut, note_reader
 
 
 class Linear(nn.Linear):

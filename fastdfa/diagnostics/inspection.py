@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import graph, plan, table
-from .dfa import DFA
-from .root import Root
-from .tape import Receiver, Tape
+from ..dfa import DFA
+from ..engine import bypass, plan
+from ..engine.root import Root
+from ..engine.tape import Receiver, Tape
+from . import table
 
 
 class Row(NamedTuple):
@@ -125,7 +126,7 @@ def inspect(
     for root in roots.values():
         alone = reach.by_output(root) - {row.name for row in rows if row.points}
         parameters = [reach.parameters[name] for name in alone]
-        graph.warn_above_the_last_point(root, parameters, stacklevel=3)
+        bypass.warn_above_the_last_point(root, parameters, stacklevel=3)
     return Inspection(rows)
 
 

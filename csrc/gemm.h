@@ -1,4 +1,5 @@
-// c = f(a b + bias): several independent matrix products in one list of tasks.
+// c = f(a b + bias) or c = (a b) * f'(saved): several independent matrix products in one list of
+// tasks.
 #pragma once
 
 #include "activation.h"
@@ -14,7 +15,11 @@ struct GemmProblem {
   int64_t a_row, a_column, b_row, b_column, c_row;
   int64_t rows, columns, depth;
   double param;
-  Activation kind;  // one whose derivative is a function of the output
+  Activation kind;  // one whose derivative is a function of the output, unless the product is gated
+  // Where `sums` is set, the product is gated: c = (a b) * f'(saved), of any kind and without bias.
+  const void* saved;  // [rows, columns], unit column stride; not read for identity
+  int64_t saved_row;
+  void* sums;  // [gemm_chunks, columns], accumulation type: column sums of each chunk of rows of c
 };
 
 struct GemmParams {
@@ -26,8 +31,9 @@ struct GemmParams {
 // How the work is cut. A task is a block of rows x columns of one product; the depth is summed in
 // blocks of fixed size, so the numbers do not depend on how many threads there are.
 struct GemmPlan {
-  int64_t block_rows, block_columns;  // multiples of gemm_rows and gemm_columns
-  int64_t panel_a, panel_b;           // elements of the packed panels
+  // Multiples of gemm_rows, or where a product is gated of gemm_chunk_rows, and of gemm_columns.
+  int64_t block_rows, block_columns;
+  int64_t panel_a, panel_b;  // elements of the packed panels
   int64_t tasks;
 };
 
@@ -43,6 +49,12 @@ constexpr int64_t gemm_depth = 256, gemm_most_columns = 256;
 // Rows of a that are packed at a time, where they are: [96, 256] of float, 96 KB of the L2 cache.
 constexpr int64_t gemm_packed_rows = 96;
 static_assert(gemm_packed_rows % gemm_rows == 0, "the packed rows are whole tiles");
+// Rows that are summed together where a product is gated. They belong to one task, so the sums do
+// not depend on how many threads there are; the sums of a chunk are 1/48 of the traffic.
+constexpr int64_t gemm_chunk_rows = 48;
+static_assert(gemm_chunk_rows % gemm_rows == 0, "a chunk is made of whole tiles");
+
+FASTDFA_INLINE int64_t gemm_chunks(int64_t rows) { return ceil_div(rows, gemm_chunk_rows); }
 
 FASTDFA_INLINE int64_t gemm_tasks(const GemmProblem& g, const GemmPlan& plan) {
   return ceil_div(g.rows, plan.block_rows) * ceil_div(g.columns, plan.block_columns);
@@ -51,16 +63,17 @@ FASTDFA_INLINE int64_t gemm_tasks(const GemmProblem& g, const GemmPlan& plan) {
 FASTDFA_INLINE GemmPlan plan_gemm(const GemmParams& p, int64_t threads) {
   // Each task packs its own panel, so blocks are as large as threads leave them: columns are split
   // first, as packing b, which may have to be transposed, is what costs.
-  int64_t rows = 1, columns = 1, depth = 1;
+  int64_t rows = 1, columns = 1, depth = 1, least_rows = gemm_rows;
   for (int64_t i = 0; i < p.count; ++i) {
     const GemmProblem& g = p.problems[i];
+    if (g.sums) least_rows = gemm_chunk_rows;
     rows = max(rows, g.rows), columns = max(columns, g.columns), depth = max(depth, g.depth);
   }
   depth = min(depth, gemm_depth);
   GemmPlan plan{};
   int64_t row_parts = 1, column_parts = ceil_div(columns, gemm_most_columns);
   for (;;) {
-    plan.block_rows = round_up(ceil_div(rows, row_parts), gemm_rows);
+    plan.block_rows = round_up(ceil_div(rows, row_parts), least_rows);
     plan.block_columns = round_up(ceil_div(columns, column_parts), gemm_columns);
     plan.panel_a = depth * gemm_packed_rows;
     plan.panel_b = depth * plan.block_columns;
@@ -70,7 +83,7 @@ FASTDFA_INLINE GemmPlan plan_gemm(const GemmParams& p, int64_t threads) {
     if (threads == 1 || plan.tasks >= 4 * threads || plan.tasks % threads == 0) return plan;
     if (plan.block_columns > gemm_columns) {
       ++column_parts;
-    } else if (plan.block_rows > gemm_rows) {
+    } else if (plan.block_rows > least_rows) {
       ++row_parts;
     } else {
       return plan;

@@ -1,11 +1,13 @@
-// c = f(a b + bias) of bfloat16, for processors with AVX-512 BF16; see gemm.h.
+// c = f(a b + bias) or c = (a b) * f'(saved) of bfloat16, for processors with AVX-512 BF16; see
+// gemm.h.
 #pragma once
 
 #include "gemm.h"
 
 namespace fastdfa {
 
-// a is bfloat16, bias float; and b float, c bfloat16, or, of weight gradients, the other way round.
+// a and saved are bfloat16, bias and sums float; and b float, c bfloat16, or, of weight gradients,
+// the other way round.
 struct Bf16GemmParams {
   const GemmProblem* problems;  // [count]
   int64_t count;
@@ -41,9 +43,9 @@ FASTDFA_INLINE GemmPlan plan_bf16_gemm(const Bf16GemmParams& p, int64_t threads)
   }
 }
 
-// Numbers of 32 bits that one thread needs: the packed panels.
+// Numbers of 32 bits that one thread needs: the packed panels, and a tile of the product.
 FASTDFA_INLINE int64_t bf16_gemm_scratch(const GemmPlan& plan) {
-  return round_up(plan.panel_b + plan.panel_a, 64);
+  return round_up(plan.panel_b + plan.panel_a + gemm_rows * gemm_columns, 64);
 }
 
 #if defined(__x86_64__)

@@ -1,5 +1,8 @@
-// Every op's schema on one page. Implementations: cpu/ops_cpu.cpp and cuda/ops_cuda.cpp; twins in
-// plain PyTorch: fastdfa/ops/reference.py, which is the specification.
+// Every op's schema on one page. What belongs to an op `foo` has that stem: its arguments and
+// checks in ops/foo.h, its implementations in cpu/ops/foo.cpp and cuda/ops/foo.cpp, the parameters
+// of its kernels in foo.h and these in cpu/foo.cpp and cuda/foo.cu; linear_chain, weight_gradients
+// and backpropagate share the products of gemm.h. Twins in plain PyTorch: fastdfa/ops/reference.py,
+// which is the specification.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastdfa, m) {
@@ -33,4 +36,12 @@ STABLE_TORCH_LIBRARY(fastdfa, m) {
   // L x [M, k_l].
   // -> L x [n_l, k_l] = deltas[l]^T inputs[l].
   m.def("weight_gradients(Tensor[] deltas, Tensor[] inputs) -> Tensor[]");
+
+  // CPU, the same dtypes; with bfloat16 the weights are float32. Boundaries that are not cut, from
+  // the top down: delta [M, n_0], weights: L x [n_{i-1}, n_i], saved: L x [M, n_i].
+  // -> L x delta_i [M, n_i] = (delta_{i-1} weights[i]) * f'_i(saved_i), delta_0 = delta; then
+  //    L x sum of the rows of delta_i [n_i], in the accumulation dtype.
+  m.def(
+      "backpropagate(Tensor delta, Tensor[] weights, Tensor[] saved, int[] kinds, float[] params) "
+      "-> Tensor[]");
 }

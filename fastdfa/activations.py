@@ -1,9 +1,9 @@
-"""Activations by name or module, and how the kernels find their derivative."""
+"""Finds activations by name or module, and says how the kernels find their derivatives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,14 @@ FIRST_KIND_FROM_INPUT = KINDS.index("gelu")
 
 
 class Gate(NamedTuple):
-    """An activation that the kernels can differentiate: a code of `KINDS` and its parameter."""
+    """Names an activation that the kernels can differentiate: its code and its parameter."""
 
     kind: int
     param: float = 0.0
 
     @property
     def from_output(self) -> bool:
-        """Whether f' is a function of the output f(a) rather than of the input a."""
+        """Tells whether f' is a function of the output f(a) rather than of the input a."""
         return self.kind < FIRST_KIND_FROM_INPUT
 
 
@@ -93,7 +93,7 @@ def _softplus(module: nn.Softplus) -> Gate | None:
 
 
 _RELU, _TANH, _SIGMOID = Gate(1), Gate(3), Gate(4)
-_GATES: dict[type, Callable[[nn.Module], Gate | None]] = {
+_GATES: dict[type[nn.Module], Callable[[Any], Gate | None]] = {
     nn.ReLU: lambda m: _RELU,
     nn.LeakyReLU: _leaky_relu,
     nn.Tanh: lambda m: _TANH,
@@ -110,12 +110,19 @@ def gate_of(activation: nn.Module | None) -> Gate | None:
 
     A module with hooks or a forward of its own is called too, since only a call reaches them.
     """
+    if activation is None:
+        return None
     find = _GATES.get(type(activation))
     return None if find is None or hooked(activation) else find(activation)
 
 
+def has_options(module: nn.Module) -> bool:
+    """Returns whether a module that the kernels know has options, which may change."""
+    return type(module) in (nn.LeakyReLU, nn.ELU, nn.Softplus, nn.GELU)
+
+
 def hooked(module: nn.Module) -> bool:
-    """Whether something waits for a call of this module, or stands in its place."""
+    """Tells whether something waits for a call of this module, or stands in its place."""
     of = module.__dict__  # by far quicker than the attributes
     if of["_forward_hooks"] or of["_forward_pre_hooks"]:
         return True
@@ -125,7 +132,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def apply(a: Tensor, kind: int, param: float) -> Tensor:
-    """f(a), out of place, by torch's own functions."""
+    """Returns f(a), out of place, by torch's own functions."""
     name = KINDS[kind]
     if name == "identity":
         return a
@@ -137,6 +144,5 @@ def apply(a: Tensor, kind: int, param: float) -> Tensor:
         return F.softplus(a, param)
     if name == "gelu_tanh":
         return F.gelu(a, approximate="tanh")
-    if name in ("tanh", "sigmoid"):
-        return getattr(torch, name)(a)
-    return getattr(F, name)(a)
+    result: Tensor = getattr(torch if name in ("tanh", "sigmoid") else F, name)(a)
+    return result

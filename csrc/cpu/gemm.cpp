@@ -1,5 +1,6 @@
 // Matrix products in the manner of BLIS: panels are packed into the L2 cache, a micro-kernel keeps
-// a tile of the product in registers, and bias and activation are applied to the tile.
+// a tile of the product in registers, and bias and activation, or the gate, are applied to the
+// tile.
 #include "../gemm.h"
 
 #include <utility>
@@ -66,18 +67,22 @@ template <class T> struct GemmBlock {
   }
 
   // A tile of rows, which begin at `a_rows`, by all columns.
-  template <Activation kind>
+  template <Activation kind, bool gated>
   void multiply_rows(const T* const (&a_rows)[Tile::rows], int64_t a_column, int64_t from,
                      int64_t first, int64_t depth) {
     const int64_t height = min(Tile::rows, rows - from);
     const bool begin = first == 0, end = first + depth == g.depth;
     for (int64_t j = 0; j < columns; j += Tile::columns) {
       const int64_t width = min(Tile::columns, columns - j);
+      if constexpr (gated)
+        if (end) prefetch_saved(from, j, height);
       T* c = static_cast<T*>(g.c) + (row + from) * g.c_row + column + j;
       const T* bias = g.bias ? static_cast<const T*>(g.bias) + column + j : nullptr;
       // Straight into c, where nothing is left to do to a whole tile: 3 to 8% of a weight gradient.
       if (kind == Activation::identity && !bias && height == Tile::rows && width == Tile::columns) {
         multiply<tile_vectors>(a_rows, a_column, panel_b + j * depth, depth, c, g.c_row, !begin);
+        if constexpr (gated)
+          if (end) gate_tile(c, from, j, height, width);
         continue;
       }
       multiply_columns(a_rows, a_column, panel_b + j * depth, depth, ceil_div(width, V::size),
@@ -87,7 +92,29 @@ template <class T> struct GemmBlock {
       } else {
         write_tile<Activation::identity, false>(c, nullptr, height, width, begin);
       }
+      if constexpr (gated)
+        if (end) gate_tile(c, from, j, height, width);
     }
+  }
+
+  // Fetched while the product of the tile is made: one core of Zen 5 takes 0.89 to 0.98 of the time
+  // for 128 and 256 columns, and as much as without from 512 on.
+  void prefetch_saved(int64_t from, int64_t j, int64_t height) const {
+    const T* saved = static_cast<const T*>(g.saved) + (row + from) * g.saved_row + column + j;
+    for (int64_t r = 0; r < height; ++r)
+      for (int64_t k = 0; k < Tile::columns; k += 64 / sizeof(T))
+        __builtin_prefetch(saved + r * g.saved_row + k);
+  }
+
+  // c = c * f'(saved), while the L1 cache has the tile, and its rows added to the sums of the
+  // chunk.
+  void gate_tile(T* c, int64_t from, int64_t j, int64_t height, int64_t width) {
+    const int64_t first = row + from;
+    T* sums = static_cast<T*>(g.sums) + first / gemm_chunk_rows * g.columns + column + j;
+    if (first % gemm_chunk_rows == 0) __builtin_memset(sums, 0, width * sizeof(T));
+    const T* saved = static_cast<const T*>(g.saved) + first * g.saved_row + column + j;
+    gate_rows(g.kind, GateBlock<T, T>{c, saved, c, sums, Tile::columns, g.c_row, g.saved_row,
+                                      g.c_row, height, width, T(1), static_cast<T>(g.param)});
   }
 
   // Only so many vectors of a tile's columns as there are columns.
@@ -119,7 +146,7 @@ template <class T> struct GemmBlock {
     }
   }
 
-  template <Activation kind> void run() {
+  template <Activation kind, bool gated = false> void run() {
     const bool packs = packs_a();
     for (int64_t first = 0; first < max(g.depth, 1); first += gemm_depth) {
       const int64_t depth = min(gemm_depth, g.depth - first);
@@ -131,7 +158,7 @@ template <class T> struct GemmBlock {
         for (int64_t i = 0; i < Tile::rows; ++i)
           a_rows[i] = packs ? panel_a + packed + min(i, rows - 1 - r)
                             : a(row + min(r + i, rows - 1), first);
-        multiply_rows<kind>(a_rows, packs ? gemm_packed_rows : g.a_column, r, first, depth);
+        multiply_rows<kind, gated>(a_rows, packs ? gemm_packed_rows : g.a_column, r, first, depth);
       }
     }
   }
@@ -154,6 +181,10 @@ void gemm(const GemmParams& p, const GemmPlan& plan, int64_t begin, int64_t end,
                          panel_a,
                          panel_a + plan.panel_a,
                          panel_a + plan.panel_a + plan.panel_b};
+      if (g.sums) {
+        block.template run<Activation::identity, true>();
+        continue;
+      }
       dispatch_activation(g.kind, [&](auto kind) {
         if constexpr (derivative_from_output(kind.value)) block.template run<kind.value>();
       });

@@ -14,6 +14,7 @@ namespace {
 using Pairs = __m512i;  // 16 pairs of bfloat16
 
 constexpr int rows_of_tile = 6, vectors_of_tile = 4, columns_of_tile = 64;
+static_assert(rows_of_tile <= gemm_rows && columns_of_tile == tile_columns<float>);
 
 FASTDFA_INLINE __mmask32 first_lanes(int64_t count) {
   return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << max(count, 0)) - 1;
@@ -42,6 +43,7 @@ template <class B, class C> struct Block {
   const GemmProblem& g;
   int64_t row, column, rows, columns;  // of the product
   uint32_t *panel_b, *panel_a;
+  float* product;  // [rows_of_tile, columns_of_tile]
 
   const bfloat16* a(int64_t i, int64_t k) const {
     return static_cast<const bfloat16*>(g.a) + i * g.a_row + k * g.a_column;
@@ -135,6 +137,17 @@ template <class B, class C> struct Block {
           sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)e, (__m512bh)line[v]);
       }
     }
+    if constexpr (kind == Activation::identity && sizeof(C) == sizeof(bfloat16)) {
+      if (g.sums) {
+#pragma GCC unroll 6
+        for (int r = 0; r < rows_of_tile; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v)
+            _mm512_storeu_ps(product + r * columns_of_tile + 16 * v, sum[r][v]);
+        gate_tile(i, j);
+        return;
+      }
+    }
     const float* bias = g.bias ? static_cast<const float*>(g.bias) + column + j : nullptr;
     const int64_t width = columns - j;
 #pragma GCC unroll 6
@@ -155,6 +168,18 @@ template <class B, class C> struct Block {
         16 * v + 16 <= width ? write(AllLanes()) : write(FirstLanes{width - 16 * v});
       }
     }
+  }
+
+  // c = product * f'(saved), and its rows added, before they are rounded, to the sums of the chunk.
+  void gate_tile(int64_t i, int64_t j) {
+    const int64_t first = row + i, width = min(columns_of_tile, columns - j);
+    float* sums = static_cast<float*>(g.sums) + first / gemm_chunk_rows * g.columns + column + j;
+    if (first % gemm_chunk_rows == 0) __builtin_memset(sums, 0, width * sizeof(float));
+    const C* saved = static_cast<const C*>(g.saved) + first * g.saved_row + column + j;
+    C* c = static_cast<C*>(g.c) + first * g.c_row + column + j;
+    gate_rows(g.kind, GateBlock<float, C>{product, saved, c, sums, columns_of_tile, columns_of_tile,
+                                          g.saved_row, g.c_row, min(rows_of_tile, rows - i), width,
+                                          1.0f, static_cast<float>(g.param)});
   }
 
   template <Activation kind, int... v>
@@ -205,8 +230,13 @@ void run_tasks(const Bf16GemmParams& p, const GemmPlan& plan, int64_t begin, int
                       min(plan.block_rows, g.rows - task.row),
                       min(plan.block_columns, g.columns - task.column),
                       scratch,
-                      scratch + plan.panel_b};
+                      scratch + plan.panel_b,
+                      reinterpret_cast<float*>(scratch + plan.panel_b + plan.panel_a)};
     const int64_t depth = p.gradients ? bf16_gemm_depth : max(g.depth, 1);
+    if (g.sums) {
+      block.template run<Activation::identity>(depth);
+      continue;
+    }
     dispatch_activation(g.kind, [&](auto kind) {
       if constexpr (derivative_from_output(kind.value)) block.template run<kind.value>(depth);
     });

@@ -1,6 +1,8 @@
 // What the tests of the products multiply.
 #pragma once
 
+#include <cmath>
+
 #include "activation.h"
 #include "gemm.h"
 
@@ -10,7 +12,18 @@ struct Case {
   int64_t rows, columns, depth;
   bool a_transposed, b_transposed, bias;
   Activation kind;
+  bool gated = false;
 };
+
+// f'(s) of the kinds of the gated cases, each the first of how its derivative is found.
+inline double derivative_of(Activation kind, double s) {
+  if (kind == Activation::tanh) return 1 - s * s;
+  if (kind == Activation::silu) {
+    const double y = 1 / (1 + std::exp(-s));
+    return y * (1 + s * (1 - y));
+  }
+  return 1;
+}
 
 // Sizes and strides: rows of b and of the product lie further apart than they are long.
 inline void lay_out(GemmProblem& g, const Case& c) {

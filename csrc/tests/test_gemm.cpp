@@ -19,7 +19,7 @@ static double activated(Activation kind, double x, double param) {
 // One product of a list, with rows that lie further apart than they are long.
 template <class T> struct Product {
   Case c;
-  Guarded<T> a, b, bias, result;
+  Guarded<T> a, b, bias, result, saved, sums;
   GemmProblem g{};
 
   Product(const Case& c, int64_t seed)
@@ -27,21 +27,27 @@ template <class T> struct Product {
         a(c.rows * c.depth),
         b((c.depth + 2) * (c.columns + 2)),
         bias(c.columns),
-        result(c.rows * (c.columns + 1)) {
-    for (Guarded<T>* x : {&a, &b, &bias})
+        result(c.rows * (c.columns + 1)),
+        saved(c.rows * c.columns),
+        sums(gemm_chunks(c.rows) * c.columns) {
+    for (Guarded<T>* x : {&a, &b, &bias, &saved})
       for (int64_t i = 0; i < x->size(); ++i) (*x)[i] = T(number(seed++));
     g.a = a.data(), g.b = b.data(), g.c = result.data(), g.bias = c.bias ? bias.data() : nullptr;
     lay_out(g, c);
     g.param = 0.25;
+    if (c.gated) g.saved = saved.data(), g.saved_row = c.columns, g.sums = sums.data();
   }
 
   void check(const char* capability, double tolerance) const {
+    std::vector<double> sum(sums.size());
     for (int64_t i = 0; i < c.rows; ++i) {
       for (int64_t j = 0; j < c.columns; ++j) {
         double want = c.bias ? double(bias[j]) : 0;
         for (int64_t k = 0; k < c.depth; ++k)
           want += double(a[i * g.a_row + k * g.a_column]) * double(b[k * g.b_row + j * g.b_column]);
-        want = activated(c.kind, want, g.param);
+        want = c.gated ? want * derivative_of(c.kind, double(saved[i * c.columns + j]))
+                       : activated(c.kind, want, g.param);
+        if (c.gated) sum[i / gemm_chunk_rows * c.columns + j] += want;
         const double got = result[i * g.c_row + j];
         CHECK(std::abs(got - want) <= tolerance * std::sqrt(c.depth + 1.0),
               "%s: [%d, %d, %d] at (%d, %d) is %.9g, not %.9g", capability, int(c.rows),
@@ -49,6 +55,11 @@ template <class T> struct Product {
       }
       CHECK(std::isnan(double(result[i * g.c_row + c.columns])), "wrote beside a row");
     }
+    for (int64_t i = 0; c.gated && i < sums.size(); ++i)
+      CHECK(std::abs(double(sums[i]) - sum[i]) <=
+                tolerance * gemm_chunk_rows * std::sqrt(c.depth + 1.0),
+            "%s: [%d, %d, %d] sum %d is %.9g, not %.9g", capability, int(c.rows), int(c.columns),
+            int(c.depth), int(i), double(sums[i]), sum[i]);
   }
 };
 
@@ -85,6 +96,8 @@ static void run(const CpuKernels& kernels, const char* capability, const std::ve
       for (int64_t i = 0; i < product.c.rows; ++i)
         for (int64_t j = 0; j < product.c.columns; ++j)
           all.push_back(product.result[i * product.g.c_row + j]);
+      for (int64_t i = 0; product.c.gated && i < product.sums.size(); ++i)
+        all.push_back(product.sums[i]);
     }
     if (threads == 1) first = all;
     CHECK(all == first, "%s: other numbers on %d threads", capability, int(threads));
@@ -144,6 +157,12 @@ int main() {
       {{517, 17, 40, true, true, true, Activation::tanh}},
       {{37, 50, 20, false, false, true, none}},
       {{37, 50, 20, true, true, false, none}},
+      {{0, 5, 3, false, false, false, Activation::tanh, true}},
+      {{5, 7, 0, false, false, false, Activation::tanh, true}},
+      {{1, 1, 1, false, false, false, Activation::silu, true}},
+      {{49, 130, 300, false, false, false, Activation::tanh, true}},
+      {{200, 63, 513, false, true, false, Activation::silu, true}},
+      {{145, 600, 40, true, false, false, none, true}},
   };
   std::vector<Case> together;
   for (const auto& cases : alone) together.insert(together.end(), cases.begin(), cases.end());

@@ -33,7 +33,8 @@ template <class B, class C> struct Product {
   Guarded<bfloat16> a;
   Guarded<B> b;
   Guarded<float> bias;
-  Guarded<C> result;
+  Guarded<C> result, saved;
+  Guarded<float> sums;
   GemmProblem g{};
 
   Product(const Case& c, int64_t seed)
@@ -41,7 +42,10 @@ template <class B, class C> struct Product {
         a(c.rows * c.depth),
         b((c.depth + 2) * (c.columns + 2)),
         bias(c.columns),
-        result(c.rows * (c.columns + 1)) {
+        result(c.rows * (c.columns + 1)),
+        saved(c.rows * c.columns),
+        sums(gemm_chunks(c.rows) * c.columns) {
+    for (int64_t i = 0; i < saved.size(); ++i) put(saved[i], number(seed++));
     for (int64_t i = 0; i < a.size(); ++i) put(a[i], number(seed++));
     for (int64_t i = 0; i < bias.size(); ++i) put(bias[i], number(seed++));
     for (int64_t i = 0; i < b.size(); ++i) {
@@ -51,17 +55,24 @@ template <class B, class C> struct Product {
     }
     g.a = a.data(), g.b = b.data(), g.c = result.data(), g.bias = c.bias ? bias.data() : nullptr;
     lay_out(g, c);
+    if (c.gated) g.saved = saved.data(), g.saved_row = c.columns, g.sums = sums.data();
   }
 
   void check() const {
     // Sums are of float; 2^-8 is what bfloat16 rounds to.
     const double tolerance = sizeof(C) == 4 ? 1e-6 * std::sqrt(c.depth + 1.0) : 0.004;
+    std::vector<double> sum(sums.size());
     for (int64_t i = 0; i < c.rows; ++i) {
       for (int64_t j = 0; j < c.columns; ++j) {
         double want = c.bias ? double(bias[j]) : 0;
         for (int64_t k = 0; k < c.depth; ++k)
           want += get(a[i * g.a_row + k * g.a_column]) * get(b[k * g.b_row + j * g.b_column]);
-        if (c.kind == Activation::tanh) want = std::tanh(want);
+        if (c.gated) {
+          want *= derivative_of(c.kind, get(saved[i * c.columns + j]));
+          sum[i / gemm_chunk_rows * c.columns + j] += want;
+        } else if (c.kind == Activation::tanh) {
+          want = std::tanh(want);
+        }
         const double got = get(result[i * g.c_row + j]);
         CHECK(std::abs(got - want) <= tolerance * std::fmax(1.0, std::abs(want)),
               "[%d, %d, %d] at (%d, %d) is %.9g, not %.9g", int(c.rows), int(c.columns),
@@ -69,6 +80,10 @@ template <class B, class C> struct Product {
       }
       CHECK(std::isnan(get(result[i * g.c_row + c.columns])), "wrote beside a row");
     }
+    for (int64_t i = 0; c.gated && i < sums.size(); ++i)  // of what is not rounded yet
+      CHECK(std::abs(sums[i] - sum[i]) <= 1e-6 * gemm_chunk_rows * std::sqrt(c.depth + 1.0),
+            "[%d, %d, %d] sum %d is %.9g, not %.9g", int(c.rows), int(c.columns), int(c.depth),
+            int(i), double(sums[i]), sum[i]);
   }
 };
 
@@ -90,6 +105,8 @@ template <class B, class C> static void run(const std::vector<Case>& cases) {
       for (int64_t i = 0; i < product.c.rows; ++i)
         for (int64_t j = 0; j < product.c.columns; ++j)
           all.push_back(get(product.result[i * product.g.c_row + j]));
+      for (int64_t i = 0; product.c.gated && i < product.sums.size(); ++i)
+        all.push_back(product.sums[i]);
     }
     if (threads == 1) first = all;
     CHECK(all == first, "other numbers on %d threads", int(threads));
@@ -110,6 +127,16 @@ static void run_all() {
     run<float, bfloat16>({c});
     run<bfloat16, float>({c});
   }
+  const std::vector<Case> gated = {
+      {0, 5, 3, false, false, false, tanh, true},
+      {5, 7, 0, false, false, false, tanh, true},
+      {1, 1, 1, false, false, false, Activation::silu, true},
+      {49, 130, 301, false, false, false, tanh, true},
+      {200, 63, 1025, false, true, false, Activation::silu, true},
+      {145, 600, 40, true, false, false, none, true},
+  };
+  for (const Case& c : gated) run<float, bfloat16>({c});
+  run<float, bfloat16>(gated);
   run<float, bfloat16>(cases);
   run<bfloat16, float>(cases);
 }

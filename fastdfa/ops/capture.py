@@ -1,4 +1,4 @@
-"""What must not happen while a CUDA graph is captured, as replays would be wrong."""
+"""Refuses what must not happen while a CUDA graph is captured, as replays would be wrong."""
 
 from __future__ import annotations
 
@@ -12,5 +12,6 @@ MADE_BEFORE = (
 
 def refuse(message: str) -> None:
     """Raises a RuntimeError with this message inside a capture."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    initialized = torch.cuda.is_initialized()
+    if initialized and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(message)

@@ -1,4 +1,4 @@
-"""Who multiplies in the fused layers: the kernels of this library (csrc/gemm.h), or torch.mm.
+"""Chooses who multiplies in the fused layers: this library (csrc/gemm.h), or torch.mm.
 
 On Zen 4 these kernels are ahead of `torch.mm` (MKL) but in a single small product, and level with
 oneDNN from 512 wide on: benchmarks/one_core.py. On Zen 3 they are level with MKL one by one, and a
@@ -33,7 +33,7 @@ _BUFFER_BYTES = {"cpu": 2**20, "cuda": 32 * 2**20}
 
 @cache
 def library() -> str:
-    """Which library multiplies: "fastdfa" on AMD processors, else "torch" (`torch.mm`).
+    """Names the library that multiplies: "fastdfa" on AMD processors, else "torch" (`torch.mm`).
 
     The environment variable FASTDFA_GEMM overrides it. Not timed at run time, so that the same
     machine always gives the same bits.
@@ -50,7 +50,7 @@ def library() -> str:
 
 
 def multiplies(x: Tensor, wide: bool = False) -> bool:
-    """Whether the kernels of this library multiply matrices like x.
+    """Tells whether the kernels of this library multiply matrices like x.
 
     `wide`: by weights in x's accumulation dtype, and into gradients in it, as autocast has them. So
     bfloat16 is multiplied, where the processor can, as no weight and no gradient is cast then: a
@@ -66,10 +66,11 @@ def multiplies(x: Tensor, wide: bool = False) -> bool:
 
 
 def widens(*matrices: Tensor) -> bool:
-    """Whether products of these are made of copies in float32, and then rounded.
+    """Tells whether products of these are made of copies in float32, and then rounded.
 
-    Those of float16 on an x86 processor without instructions for it: with torch's products a step
-    of 4x1024, batch 128, took 179 ms there (two Zen 4 cores), and so 15 to 20; 12 in float32.
+    So are those of float16 on an x86 processor without instructions for it: with torch's products
+    a step of 4x1024, batch 128, took 179 ms there (two Zen 4 cores), and so 15 to 20; 12 in
+    float32.
     """
     if torch.compiler.is_compiling():
         return False
@@ -81,17 +82,19 @@ def widens(*matrices: Tensor) -> bool:
 def _has_float16_products() -> bool:
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 # By torch.
 
 
 def memory_of_outputs(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """Where the outputs [M, n_l] of a chain go: neighbours of one width into one buffer.
+    """Allocates the outputs [M, n_l] of a chain: neighbours of one width in one buffer.
 
     So the inputs and (see ProjectGateWork) the deltas of their readers lie at equal distances, and
-    one batched product makes the weight gradients. None: into memory of its own.
+    one batched product makes the weight gradients. None stands for memory of its own.
     """
     if torch.compiler.is_compiling():  # inductor plans memory itself
         return [None] * len(weights)
@@ -108,7 +111,7 @@ def memory_of_outputs(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor | Non
 
 
 def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """d_l^T x_l [n_l, k_l] of every layer: of small ones that lie in a row in memory, all at once.
+    """Computes every d_l^T x_l [n_l, k_l]: small ones that lie in a row in memory all at once.
 
     The gradients of those are parts of one tensor, contiguous each.
     """
@@ -125,7 +128,7 @@ def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list
 
 
 def _batched(deltas: Sequence[Tensor], inputs: Sequence[Tensor], first: int) -> int:
-    """How many of these layers, from `first` on, one product serves."""
+    """Counts how many of these layers, from `first` on, one product serves."""
     count = _in_a_row(inputs, first, len(inputs))
     if count == 1:
         return 1
@@ -135,7 +138,7 @@ def _batched(deltas: Sequence[Tensor], inputs: Sequence[Tensor], first: int) -> 
 
 
 def _in_a_row(matrices: Sequence[Tensor], first: int, end: int) -> int:
-    """How many of these lie one behind the other in one buffer, contiguous and of one shape.
+    """Counts how many lie one behind the other in one buffer, contiguous and of one shape.
 
     The same offset from the same address is the same buffer.
     """
@@ -157,7 +160,7 @@ def _in_a_row(matrices: Sequence[Tensor], first: int, end: int) -> int:
 
 
 def _stacked(first: Tensor, count: int) -> Tensor:
-    """[count, M, n]: a matrix and those that lie behind it."""
+    """Returns a matrix and those that lie behind it as one tensor [count, M, n]."""
     return first.as_strided((count, *first.shape), (first.numel(), first.shape[1], 1))
 
 

@@ -1,4 +1,4 @@
-"""Every kernel in plain PyTorch: the specification, the fallback and the baseline of the tests.
+"""Holds every kernel in plain PyTorch: the specification, the fallback and the tests' baseline.
 
 Shapes: M rows, C classes (features of the error), n_l features of layer l.
 """
@@ -19,19 +19,22 @@ _MASK = 0xFFFFFFFF
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
+    """Returns float64 for float64, and float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * b; b holds 32-bit words in int64, which the product overflows."""
+    """Returns the high and low 32 bits of a * b, where b holds 32-bit words in int64.
+
+    The product itself overflows int64.
+    """
     low = a * (b & 0xFFFF)
     high = a * (b >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Philox4x32-10 (Salmon et al., SC 2011) on 32-bit words held in int64 tensors."""
+    """Computes Philox4x32-10 (Salmon et al., SC 2011) on 32-bit words held in int64 tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -43,7 +46,7 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
 
 
 def _unit(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """A number in (0, 1) from the top 23 bits, exact in float32."""
+    """Makes a number in (0, 1) of the top 23 bits, exact in float32."""
     return ((word >> 9).to(dtype) + 0.5) * 2.0**-23
 
 
@@ -78,9 +81,10 @@ def fill_feedback_(out: Tensor, seed: int, stream: int, distribution: int) -> No
 
 
 def derivative(saved: Tensor, kind: int, param: float) -> Tensor:
-    """f' from the output f(a), or from the input a for gelu, gelu_tanh and silu.
+    """Computes f' from the output f(a), or from the input a for gelu, gelu_tanh and silu.
 
-    Literals, as torch.compile(dynamic=True) takes a float from a module for an unknown.
+    The constants are literals, as torch.compile(dynamic=True) takes a float from a module for an
+    unknown.
     """
     name = activations.KINDS[kind]
     one = torch.ones_like(saved)
@@ -111,7 +115,10 @@ def derivative(saved: Tensor, kind: int, param: float) -> Tensor:
 
 
 def gate(grad: Tensor, saved: Tensor, kind: int, param: float) -> tuple[Tensor, Tensor]:
-    """delta = grad * f'(saved) [M, n] in grad's dtype; bias gradient [n] summed before rounding."""
+    """Computes delta = grad * f'(saved) [M, n] in grad's dtype, and the sum of its rows [n].
+
+    The sum is made before the delta is rounded.
+    """
     wide = accumulation_dtype(grad.dtype)
     delta = grad.to(wide)
     if kind != activations.IDENTITY:
@@ -128,7 +135,7 @@ def project_gate(
     scales: Sequence[float],
     sum_error: bool,
 ) -> list[Tensor]:
-    """d_l = scale_l (M if sum_error) (e B_l) * f'(saved_l) for every layer, then every db_l.
+    """Computes every d_l = scale_l (M if sum_error) (e B_l) * f'(saved_l), then every db_l.
 
     error [M, C]; feedback: one matrix for all layers or one for each, [C, >= n_l], of which
     layer l takes the first n_l columns; saved [M, n_l]. Where float32 may be tf32 is torch's own
@@ -148,7 +155,7 @@ def project_gate(
 
 
 def activate_(x: Tensor, bias: Tensor | None, kind: int, param: float) -> None:
-    """x = f(x + bias) in place; x [..., n], bias [n]."""
+    """Replaces x [..., n] by f(x + bias), bias [n]."""
     if bias is not None:
         x.add_(bias)
     if kind != activations.IDENTITY:
@@ -162,7 +169,7 @@ def linear_chain(
     kinds: Sequence[int],
     params: Sequence[float],
 ) -> list[Tensor]:
-    """h_l = f_l(h_{l-1} W_l^T + b_l) of every layer; h_0 = x [M, n_0], W_l [n_l, n_{l-1}]."""
+    """Computes every h_l = f_l(h_{l-1} W_l^T + b_l), h_0 = x [M, n_0], W_l [n_l, n_{l-1}]."""
     outputs = []
     for weight, bias, kind, param in zip(weights, biases, kinds, params, strict=True):
         x = x @ weight.to(x.dtype).t()
@@ -172,5 +179,24 @@ def linear_chain(
 
 
 def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """dW_l = d_l^T x_l [n_l, k_l] of every layer; d_l [M, n_l], x_l [M, k_l]."""
+    """Computes dW_l = d_l^T x_l [n_l, k_l] of every layer; d_l [M, n_l], x_l [M, k_l]."""
     return [delta.t() @ x for delta, x in zip(deltas, inputs, strict=True)]
+
+
+def backpropagate(
+    delta: Tensor,
+    weights: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    kinds: Sequence[int],
+    params: Sequence[float],
+) -> list[Tensor]:
+    """Computes every delta_i = (delta_{i-1} W_i) * f'_i(saved_i), then the sums of their rows.
+
+    delta_0 = delta [M, n_0], W_i [n_{i-1}, n_i], saved_i [M, n_i].
+    """
+    deltas, sums = [], []
+    for weight, h, kind, param in zip(weights, saved, kinds, params, strict=True):
+        delta, total = gate(delta @ weight.to(delta.dtype), h, kind, param)
+        deltas.append(delta)
+        sums.append(total)
+    return deltas + sums

@@ -1,0 +1,103 @@
+"""Tells torch the shapes and dtypes of what the compiled ops return, and how many FLOPs they take.
+
+The first are for torch.compile and opcheck, the second for torch.utils.flop_counter. The arguments
+are those of the schemas in csrc/ops.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .checks import check_devices
+from .reference import accumulation_dtype
+
+Shape = Sequence[int]
+
+
+def register() -> None:
+    """Registers all fakes and FLOP formulas; the ops must have been loaded."""
+    fakes: dict[str, Callable[..., Any]] = {
+        "fill_feedback_": _nothing,
+        "project_gate": _project_gate,
+        "gate": _gate,
+        "activate_": _nothing,
+        "linear_chain": _linear_chain,
+        "weight_gradients": _weight_gradients,
+        "backpropagate": _backpropagate,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"fastdfa::{name}", fake)
+    formulas: dict[str, Callable[..., int]] = {
+        "linear_chain": _linear_chain_flops,
+        "weight_gradients": _weight_gradients_flops,
+        "backpropagate": _backpropagate_flops,
+    }
+    for name, formula in formulas.items():
+        register_flop_formula(getattr(torch.ops.fastdfa, name))(formula)
+
+
+def _nothing(*args: Any) -> None:
+    """Stands for an op that writes in place and returns nothing."""
+
+
+def _project_gate(
+    error: Tensor,
+    feedback: Sequence[Tensor],
+    seed: int,
+    streams: Sequence[int],
+    distribution: int,
+    saved: Sequence[Tensor],
+    *args: Any,
+) -> list[Tensor]:
+    check_devices(error, feedback=feedback, saved=saved)
+    deltas = [h.new_empty(h.shape) for h in saved]
+    return deltas + [h.new_empty(h.shape[1], dtype=accumulation_dtype(h.dtype)) for h in saved]
+
+
+def _gate(grad: Tensor, saved: Tensor, kind: int, param: float) -> tuple[Tensor, Tensor]:
+    bias_grad = grad.new_empty(grad.shape[1], dtype=accumulation_dtype(grad.dtype))
+    return grad.new_empty(grad.shape), bias_grad
+
+
+def _linear_chain(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *args: Any
+) -> list[Tensor]:
+    check_devices(x, weights=weights, biases=[b for b in biases if b is not None])
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+
+
+def _weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    check_devices(deltas[0], deltas=deltas, inputs=inputs)
+    return [
+        delta.new_empty(delta.shape[1], x.shape[1], dtype=accumulation_dtype(delta.dtype))
+        for delta, x in zip(deltas, inputs, strict=True)
+    ]
+
+
+def _backpropagate(
+    delta: Tensor, weights: Sequence[Tensor], saved: Sequence[Tensor], *args: Any
+) -> list[Tensor]:
+    check_devices(delta, weights=weights, saved=saved)
+    widths, wide = [weight.shape[1] for weight in weights], accumulation_dtype(delta.dtype)
+    deltas = [delta.new_empty(delta.shape[0], n) for n in widths]
+    return deltas + [delta.new_empty(n, dtype=wide) for n in widths]
+
+
+def _linear_chain_flops(x: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
+    return sum(2 * x[0] * n * k for n, k in weights)
+
+
+def _weight_gradients_flops(
+    deltas: Sequence[Shape], inputs: Sequence[Shape], *args: Any, **kwargs: Any
+) -> int:
+    pairs = zip(deltas, inputs, strict=True)
+    return sum(2 * rows * n * k for (rows, n), (_, k) in pairs)
+
+
+def _backpropagate_flops(delta: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
+    return sum(2 * delta[0] * n * k for n, k in weights)

@@ -1,20 +1,21 @@
-"""Training neural networks by direct feedback alignment (DFA), faster than backprop."""
+"""Trains neural networks by direct feedback alignment (DFA), faster than backprop."""
 
 from . import matrices, ops, projectors, signals
 from .conversion import convert
 from .dfa import DFA, backprop
-from .diagnostics.alignment import AlignmentMonitor, alignment
+from .diagnostics.alignment import alignment
 from .diagnostics.inspection import inspect
+from .diagnostics.monitor import AlignmentMonitor
 from .feedback.rule import PRESETS, Feedback
 from .forward_mode import forward_gradient
+from .info import build_info
 from .layerwise import LayerFeedback
 from .nn.conv import Conv1d, Conv2d
-from .nn.linear import FeedbackPoint, Linear
+from .nn.linear import Linear
+from .nn.point import FeedbackPoint
 from .nn.surrogate import Surrogate
-from .ops.loading import build_info
 from .streaming.step import StreamingStep
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "DFA",

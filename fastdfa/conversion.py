@@ -1,43 +1,74 @@
-"""From a network of torch's own modules to one that trains by feedback: `convert`."""
+"""Makes a network of torch's own modules one that trains by feedback: `convert`."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, Literal, overload
 
-from torch import Tensor, jit, nn
+from torch import jit, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import activations
 from .dfa import DFA
 from .engine.root import Root
-from .engine.tape import state
 from .feedback.rule import Feedback
 from .layerwise import RULES, LayerFeedback
-from .nn.conv import Conv1d, Conv2d
-from .nn.linear import FeedbackPoint, Linear
+from .nn.converted import BY_RULE, LAYERS, Conversion, Fold
+from .nn.point import FeedbackPoint, check_no_backward_hooks
+
+__all__ = ["Conversion", "Fold", "convert"]
 
 Selector = type | str
 
-_LAYERS: dict[type, type] = {nn.Linear: Linear, nn.Conv1d: Conv1d, nn.Conv2d: Conv2d}
-_PLAIN = {ours: torchs for torchs, ours in _LAYERS.items()}
-_CUTTING = (*_LAYERS.values(), FeedbackPoint)
+_CUTTING = (*LAYERS.values(), FeedbackPoint)
 _LAYER_LIKE = (nn.Linear, nn.modules.conv._ConvNd)
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, NonDynamicallyQuantizableLinear)
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 # Torch's blocks that have skip connections round their layers.
 _RESIDUAL = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-# What a layer does in a network of each kind.
-_CUT, _FED_BACK = "cut at its input", "hands down its gradient by the rule"
 
 
+@overload
+def convert(
+    model: nn.Module,
+    feedback: Feedback | str | None = None,
+    output: str | None = None,
+    blocks: Selector | Sequence[Selector] | None = None,
+    *,
+    rule: Literal["dfa"] = "dfa",
+    point: FeedbackPoint | None = None,
+    fold: bool = True,
+    allow_bypass: bool = False,
+    allow_tied: bool = False,
+    cut: str | int | Sequence[str] = "all",
+) -> DFA: ...
+@overload
+def convert(
+    model: nn.Module,
+    *,
+    rule: Literal["fa", "usf", "frsf", "brsf", "backprop", "shallow"],
+    fold: bool = True,
+) -> LayerFeedback: ...
+@overload
+def convert(
+    model: nn.Module,
+    feedback: Feedback | str | None = None,
+    output: str | None = None,
+    blocks: Selector | Sequence[Selector] | None = None,
+    *,
+    rule: str,
+    point: FeedbackPoint | None = None,
+    fold: bool = True,
+    allow_bypass: bool = False,
+    allow_tied: bool = False,
+    cut: str | int | Sequence[str] = "all",
+) -> DFA | LayerFeedback: ...
 def convert(
     model: nn.Module,
     feedback: Feedback | str | None = None,
@@ -49,7 +80,8 @@ def convert(
     fold: bool = True,
     allow_bypass: bool = False,
     allow_tied: bool = False,
-) -> Root:
+    cut: str | int | Sequence[str] = "all",
+) -> DFA | LayerFeedback:
     """Makes a network of torch's own modules train by direct feedback alignment, or another rule.
 
     Without `blocks`, every `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` becomes fastdfa's, which cuts
@@ -74,10 +106,12 @@ def convert(
         blocks: which modules have a feedback point behind them, of the same name: classes, or
             patterns of qualified names, in which `*` stays within one part ("encoder.layers.*").
             Of a tuple or list that a block returns, the first tensor is the point.
-        point: with `blocks`, a `FeedbackPoint` that says how they are fed (rows, features).
+        point: with `blocks`, a `FeedbackPoint` that says how these receive it (rows, features).
         fold: an activation that follows a layer in an `nn.Sequential` becomes the layer's own,
             for the fused path, and leaves an `nn.Identity` in its place. False leaves it: for a
             model that reads its `nn.Sequential` piece by piece, between the two.
+        cut: at which of these inputs, or behind which of the blocks, the network is cut; as in
+            `DFA`.
         allow_tied: accept parameters that modules on two sides of a cut share: their gradient is
             the sum of what each side gives.
 
@@ -96,7 +130,8 @@ def convert(
     _check_model(model)
     if rule != "dfa":
         no_others = {"feedback": feedback, "output": output, "blocks": blocks, "point": point,
-                     "allow_bypass": allow_bypass or None}  # fmt: skip
+                     "allow_bypass": allow_bypass or None,
+                     "cut": None if cut == "all" else cut}  # fmt: skip
         return _convert_by_layer(model, rule, fold, no_others)
     if blocks is None:
         _check_layers(model, point, allow_bypass)
@@ -108,7 +143,12 @@ def convert(
     # The last that can fail, and before the blocks' hooks: a block that is tapped is not cut.
     root = DFA(model, feedback, output, allow_bypass)
     _warn_of_bottlenecks(conversion.layers, output)
-    conversion._apply()
+    conversion.apply()
+    try:
+        root.cut = cut  # names of points that are there only now
+    except (TypeError, ValueError):
+        conversion.undo()
+        raise
     root.conversion = conversion
     return root
 
@@ -116,7 +156,10 @@ def convert(
 def _convert_by_layer(
     model: nn.Module, rule: str, fold: bool, no_others: dict[str, Any]
 ) -> LayerFeedback:
-    """`no_others`: arguments that only a `DFA` takes, None where not given."""
+    """Converts for a rule of `LayerFeedback`.
+
+    `no_others` are arguments that only a `DFA` takes, None where not given.
+    """
     if rule not in (*RULES, "shallow"):
         known = ", ".join(map(repr, ("dfa", *RULES, "shallow")))
         raise ValueError(f"rule must be one of {known}, got {rule!r}")
@@ -125,123 +168,13 @@ def _convert_by_layer(
             raise ValueError(f"{name} is of rule='dfa' alone, got it with rule={rule!r}")
     _check_visible(model)
     conversion = _plan_layers(model, None, fold)
-    conversion.role = _FED_BACK
-    conversion._apply()
+    conversion.role = BY_RULE
+    conversion.apply()
     root = LayerFeedback(model, "backprop" if rule == "shallow" else rule)
     if rule == "shallow":
         conversion.freeze_all_but_the_last()
     root.conversion = conversion
     return root
-
-
-class Fold(NamedTuple):
-    """An activation of an `nn.Sequential` that becomes that of the layer before it."""
-
-    name: str
-    parent: nn.Sequential
-    key: str
-    activation: nn.Module
-
-
-@dataclass(eq=False, repr=False)
-class Conversion:
-    """What `convert` changed; prints as a table.
-
-    Attributes:
-        model: the network that was converted.
-        layers: by name, the layers that are cut at their input now.
-        folds: by the name of such a layer, the activation that it took over.
-        kept: by name, the class of a layer that is as it was, and why.
-        blocks: by name, the modules that have a feedback point behind them now.
-        point: how these are fed.
-        role: what the layers do in the network.
-        frozen: parameters that required grad and do no longer, for rule="shallow".
-    """
-
-    model: nn.Module
-    layers: dict[str, nn.Module]
-    folds: dict[str, Fold] = field(default_factory=dict)
-    kept: dict[str, tuple[type, str]] = field(default_factory=dict)
-    blocks: dict[str, nn.Module] = field(default_factory=dict)
-    point: FeedbackPoint | None = None
-    role: str = _CUT
-    frozen: list[nn.Parameter] = field(default_factory=list)
-
-    def undo(self) -> nn.Module:
-        """Makes the model what it was, with the parameters that it has now, and returns it.
-
-        Raises:
-            RuntimeError: if the class of a layer was changed since, or this was called before.
-        """
-        for name, layer in self.layers.items():
-            if type(layer) not in _PLAIN:
-                raise RuntimeError(f"{name!r} is no longer as convert made it: {type(layer)}")
-        for name, layer in self.layers.items():
-            layer.__class__ = _PLAIN[type(layer)]
-            del layer.activation
-            if name in self.folds:
-                _, parent, key, activation = self.folds[name]
-                parent._modules[key] = activation
-        for block in self.blocks.values():
-            for key, hook in list(block._forward_hooks.items()):
-                if isinstance(hook, _CutBehind):
-                    del block._forward_hooks[key]
-        for parameter in self.frozen:
-            parameter.requires_grad_(True)
-        return self.model
-
-    def freeze_all_but_the_last(self) -> None:
-        """In the order in which the model holds its layers."""
-        last = [m for m in self.model.modules() if isinstance(m, tuple(_PLAIN))][-1]
-        kept = set(last.parameters())
-        self.frozen = [p for p in self.model.parameters() if p.requires_grad and p not in kept]
-        for parameter in self.frozen:
-            parameter.requires_grad_(False)
-
-    def _apply(self) -> None:
-        """A layer changes its class, as in torch's parametrize: who holds it holds the new one."""
-        for name, layer in self.layers.items():
-            layer.__class__ = _LAYERS[type(layer)]
-            layer.activation = None
-            if name in self.folds:
-                _, parent, key, layer.activation = self.folds[name]
-                parent._modules[key] = nn.Identity().train(layer.activation.training)
-        for block in self.blocks.values():
-            block.register_forward_hook(_CutBehind(self.point or FeedbackPoint()))
-
-    def __repr__(self) -> str:
-        rows = [(name, type(layer), self._told(name)) for name, layer in self.layers.items()]
-        rows += [(name, type(block), "feedback behind it") for name, block in self.blocks.items()]
-        rows += [(name, kind, f"left alone: {why}") for name, (kind, why) in self.kept.items()]
-        rows = [(name or "(the model)", kind.__name__, what) for name, kind, what in rows]
-        wide = [max(len(row[column]) for row in rows) for column in (0, 1)] if rows else []
-        return "\n".join(f"{a:{wide[0]}}  {b:{wide[1]}}  {c}" for a, b, c in rows)
-
-    def _told(self, name: str) -> str:
-        fold = self.folds.get(name)
-        taken = f", applies {type(fold.activation).__name__} {fold.name!r}" if fold else ""
-        return f"{self.role}{taken}"
-
-
-class _CutBehind:
-    """The forward hook of a block: its output is a feedback point, of the block's name."""
-
-    def __init__(self, point: FeedbackPoint) -> None:
-        self.point = point
-
-    def __call__(self, block: nn.Module, args: Any, output: Any) -> Any:
-        if state.tape is None:
-            return None
-        _check_no_backward_hooks(type(block).__name__, block)
-        if isinstance(output, Tensor):
-            return self.point.cut(block, output)
-        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-            items = [self.point.cut(block, output[0]), *output[1:]]
-            return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-        raise TypeError(
-            f"blocks: a {type(block).__name__} must return a tensor, or a tuple or list that "
-            f"begins with one, got {type(output).__name__}; name a module inside it instead"
-        )
 
 
 # What is to change.
@@ -261,7 +194,7 @@ def _plan_layers(model: nn.Module, output: str | None, fold: bool) -> Conversion
     if not layers and not any(isinstance(module, _CUTTING) for module in model.modules()):
         raise ValueError(
             f"model holds nothing to convert: no module whose class is one of "
-            f"{', '.join(kind.__name__ for kind in _LAYERS)} itself, and not a subclass. "
+            f"{', '.join(kind.__name__ for kind in LAYERS)} itself, and not a subclass. "
             "blocks= puts feedback points behind modules of any kind"
         )
     folds = _find_folds(model, layers, output) if fold else {}
@@ -269,8 +202,8 @@ def _plan_layers(model: nn.Module, output: str | None, fold: bool) -> Conversion
 
 
 def _reason_to_keep(layer: nn.Module) -> str | None:
-    if type(layer) not in _LAYERS:
-        bases = [kind.__name__ for kind in _LAYERS if isinstance(layer, kind)]
+    if type(layer) not in LAYERS:
+        bases = [kind.__name__ for kind in LAYERS if isinstance(layer, kind)]
         return f"a subclass of {bases[0]}" if bases else "fastdfa has no such layer"
     # A forward of its own, as some libraries set on an object, would go on being called.
     changed = {"forward", "activation"} & {*vars(layer), *layer._modules}
@@ -280,8 +213,8 @@ def _reason_to_keep(layer: nn.Module) -> str | None:
 def _find_folds(
     model: nn.Module, layers: dict[str, nn.Module], output: str | None
 ) -> dict[str, Fold]:
-    """Activations that the kernels know, where nothing reads what is between layer and them."""
-    places = Counter(child for module in model.modules() for child in module._modules.values())
+    """Finds activations that the kernels know, and before which nothing else reads the layer."""
+    held = Counter(child for module in model.modules() for child in module._modules.values())
     names = {layer: name for name, layer in layers.items()}
     folds: dict[str, Fold] = {}
     for path, parent in model.named_modules():
@@ -291,13 +224,13 @@ def _find_folds(
             name, taken = names.get(layer), f"{path}.{key}".lstrip(".")
             if name is None or activations.gate_of(activation) is None:
                 continue
-            if places[layer] == 1 and not _output_is_watched(layer) and output not in (name, taken):
+            if held[layer] == 1 and not _output_is_watched(layer) and output not in (name, taken):
                 folds[name] = Fold(taken, parent, key, activation)
     return folds
 
 
 def _output_is_watched(layer: nn.Module) -> bool:
-    """Whether a hook sees the layer's output or the gradient of that."""
+    """Tells whether a hook sees the layer's output or the gradient of that."""
     return bool(layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
@@ -347,7 +280,7 @@ def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
 
 
 def _warn_of_bottlenecks(layers: dict[str, nn.Module], output: str | None) -> None:
-    """In the order in which the model holds its layers: the last gives the size of the error."""
+    """Warns of narrow layers; the last that the model holds gives the size of the error."""
     inside = [
         (name, layer)
         for name, layer in layers.items()
@@ -356,9 +289,12 @@ def _warn_of_bottlenecks(layers: dict[str, nn.Module], output: str | None) -> No
     for (_, before), (name, layer), (_, behind) in zip(
         inside, inside[1:], inside[2:], strict=False
     ):
-        if not all(isinstance(each, nn.Linear) for each in (before, layer, behind, inside[-1][1])):
+        last = inside[-1][1]
+        if not (isinstance(before, nn.Linear) and isinstance(layer, nn.Linear)):
             continue
-        n, classes = layer.out_features, inside[-1][1].out_features
+        if not (isinstance(behind, nn.Linear) and isinstance(last, nn.Linear)):
+            continue
+        n, classes = layer.out_features, last.out_features
         in_turn = before.out_features == layer.in_features and n == behind.in_features
         if in_turn and n < min(layer.in_features, classes - 1):
             warnings.warn(
@@ -392,7 +328,7 @@ def _check_model(model: Any) -> None:
 
 def _check_layers(model: nn.Module, point: Any, allow_bypass: bool) -> None:
     if point is not None:
-        raise ValueError("point says how blocks are fed, and needs blocks=")
+        raise ValueError("point says how blocks receive feedback, and needs blocks=")
     _check_visible(model)
     for name, module in model.named_modules():
         for kind in _RESIDUAL:
@@ -412,7 +348,8 @@ def _check_visible(model: nn.Module) -> None:
                 f"{what}: convert cannot see into a scripted module. Name the modules to cut "
                 "behind in blocks="
             )
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        lazy: Any = module
+        if isinstance(module, LazyModuleMixin) and lazy.has_uninitialized_params():
             raise ValueError(f"{what} without parameters yet: run the model once, then convert")
 
 
@@ -431,16 +368,7 @@ def _check_block(name: str, block: nn.Module) -> None:
             f"blocks: {name!r}, scripted, takes no hook: put it into an nn.Sequential, and name "
             "that"
         )
-    _check_no_backward_hooks(name, block)
-
-
-def _check_no_backward_hooks(name: str, block: nn.Module) -> None:
-    """They wait for a gradient of the output that the block returns, and it has none."""
-    if block._backward_hooks or block._backward_pre_hooks:
-        raise ValueError(
-            f"blocks: {name!r} has backward hooks, which would never fire, as its output is cut. "
-            "Register them on a module inside it"
-        )
+    check_no_backward_hooks(name, block)
 
 
 def _check_tied(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
@@ -459,7 +387,7 @@ def _check_tied(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
 
 
 def _inside_one(names: list[str], blocks: Iterable[str]) -> bool:
-    """Whether one block holds all these modules, with no point inside it."""
+    """Tells whether one block holds all these modules, with no point inside it."""
     innermost = [b for b in blocks if not any(other.startswith(f"{b}.") for other in blocks)]
     return any(all(f"{name}.".startswith(f"{b}.") for name in names) for b in innermost)
 

@@ -1,4 +1,4 @@
-"""B that learns the network's own derivative, by forward-mode differentiation: FDFA.
+"""Makes B learn the network's own derivative, by forward-mode differentiation: FDFA.
 
 The best linear feedback from the output to a point is the Jacobian between them. One forward pass
 in which a random p_l is added to every point, to first order, gives d = sum_l J_l p_l at the output
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .dfa import DFA, check_output
-from .diagnostics.inspection import roots_of, unwrapped
-from .engine.tape import Edge, Point, Tape
-from .matrices import as_fed
+from .dfa import DFA
+from .diagnostics.untouched import roots_of, unwrapped
+from .engine.finish import check_output
+from .engine.nodes import Edge
+from .engine.plan import what_is_read
+from .engine.tape import Point, Tape
 
 
 def forward_gradient(model: nn.Module, x: Any) -> None:
@@ -55,7 +57,7 @@ def forward_gradient(model: nn.Module, x: Any) -> None:
     args = x if isinstance(x, tuple) else () if isinstance(x, dict) else (x,)
     with forward_ad.dual_level(), torch.enable_grad(), _buffers_as_they_were(root):
         tape = _PerturbedPass(root)
-        root._run(tape, args, x if isinstance(x, dict) else {})
+        root.run(tape, args, x if isinstance(x, dict) else {})
         estimates = tape.estimates()
     for name, estimate in estimates.items():
         B = root.matrices.of(name)
@@ -64,14 +66,15 @@ def forward_gradient(model: nn.Module, x: Any) -> None:
 
 
 class _PerturbedPass(Tape):
-    """A forward pass that adds a random tangent to every point."""
+    """Adds a random tangent to every point of a forward pass."""
 
     looks_ahead = False
     cuts = False
+    root: DFA
     gates = False  # the layers run as torch's own functions, which have forward derivatives
 
     def __init__(self, root: DFA) -> None:
-        super().__init__(root, [], root._install_tap())
+        super().__init__(root, [], root.install_tap())
         self.found: dict[int, tuple[Tensor, Point, Tensor]] = {}  # by the id of the tensor read
         self.derivative: Tensor | None = None  # d, of the shape of the output
         self.rows = 0
@@ -81,13 +84,13 @@ class _PerturbedPass(Tape):
             value, tangent = forward_ad.unpack_dual(x)
             value = value.detach()
             p = torch.randn_like(value)
-            point = Point(layer, p, p, rows, features, None)
+            point = Point(layer, p, p, None, None, 0, rows, features, None)
             total = p if tangent is None else p + tangent.detach()
             dual = forward_ad.make_dual(value, total).requires_grad_()
             self.found[id(x)] = (x, point, dual)
         return self.found[id(x)][2]
 
-    def read(self, x: Tensor, edge: Edge) -> None:
+    def read(self, x: Tensor, edge: Edge | None) -> None:
         pass
 
     def end(self, y: Any) -> Any:
@@ -98,14 +101,15 @@ class _PerturbedPass(Tape):
         return y
 
     def estimates(self) -> dict[str, Tensor]:
-        """d^T p_l / M [C, n_l] by the names of the points; (d Q)^T p_l / M where B = Q P."""
+        """Returns d^T p_l / M [C, n_l] by the points' names; (d Q)^T p_l / M where B = Q P."""
         points = [point for _, point, _ in self.found.values()]
+        assert self.derivative is not None  # as the pass is over
         d = self.derivative.reshape(self.rows, -1)
         if self.root.compression is not None:
             d = d @ self.root.compression.detach().to(d)
-        names = self.root._name(points)
+        names = self.root.names_of_points([point.layer for point in points])
         return {
-            name: d.t() @ as_fed(point, self.rows).to(d) / max(self.rows, 1)
+            name: d.t() @ what_is_read(point, self.rows).to(d) / max(self.rows, 1)
             for name, point in zip(names, points, strict=True)
         }
 

@@ -1,4 +1,4 @@
-"""Feedback that goes down layer by layer, beside which DFA is compared: `LayerFeedback`."""
+"""Sends feedback down layer by layer, beside which DFA is compared: `LayerFeedback`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .engine.root import LAYERS, Root, exporting, names_in
+from .engine.layers import CutLayer
+from .engine.root import Root, exporting, names_in
 from .engine.tape import state
 from .feedback.rule import Feedback, ready_on_every_stream
+from .nn.converted import Conversion
 from .ops import capture
 from .ops.reference import accumulation_dtype
+from .ops.typed import constant
 
 RULES = ("fa", "usf", "frsf", "brsf", "backprop")
 
@@ -29,21 +32,20 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 _DRAWN = Feedback(distribution="uniform", shared=False)  # how the B of a layer is
 
 
-class BackwardWeight(NamedTuple):
-    """What the input gradient of a layer reads in the place of its weight."""
+class RuleWeight(NamedTuple):
+    """Holds what the input gradient of a layer reads in the place of its weight."""
 
     rule: str
     scale: float
     matrix: Tensor | None  # B of "fa", |B| of "frsf", of the weight's shape; else None
 
     def of(self, weight: Tensor) -> Tensor:
-        """B, of the shape and dtype of the weight; made in backward, so that no step keeps it."""
-        if self.rule == "fa":
-            return self.matrix.to(weight.dtype)
+        """Returns B, of the shape and dtype of the weight; in backward, so no step keeps it."""
+        if self.matrix is not None:
+            fixed = self.matrix
+            return fixed.to(weight.dtype) if self.rule == "fa" else weight.sign().mul_(fixed)
         if self.rule == "usf":
             return weight.sign().mul_(self.scale)
-        if self.rule == "frsf":
-            return weight.sign().mul_(self.matrix)
         magnitude = torch.empty_like(weight).uniform_(0, 3**0.5 * self.scale)
         return magnitude.mul_(weight.sign())
 
@@ -90,6 +92,8 @@ class LayerFeedback(Root):
     """
 
     made_again = (*Root.made_again, "_matrices")
+    conversion: Conversion  # of a root that `convert` has made
+    _matrices: dict[tuple[Any, ...], Tensor]
 
     def __init__(
         self,
@@ -109,12 +113,12 @@ class LayerFeedback(Root):
         self._reset()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own output; its backward is that of the rule.
+        """Returns the module's own output; its backward is that of the rule.
 
         Raises:
             RuntimeError: inside another root.
         """
-        if state.tape is not None or state.layer_feedback is not None:
+        if state.tape is not None or state.layer_rule is not None:
             raise RuntimeError(
                 "a LayerFeedback was called inside another root: wrap the outermost only"
             )
@@ -122,14 +126,14 @@ class LayerFeedback(Root):
         plain = self.rule == "backprop" or any(self is root for root in state.true_gradients)
         if plain or not torch.is_grad_enabled() or exporting():
             return self.module(*args, **kwargs)
-        state.layer_feedback = self
+        state.layer_rule = self
         try:
             return self.module(*args, **kwargs)
         finally:
-            state.layer_feedback = None
+            state.layer_rule = None
 
     def feedback_matrix(self, name: str) -> Tensor:
-        """B_l of a layer, of the shape of its weight; of "brsf", one draw.
+        """Returns B_l of a layer, of the shape of its weight; of "brsf", one draw.
 
         Raises:
             KeyError: where no layer that follows the rule has this name.
@@ -137,7 +141,7 @@ class LayerFeedback(Root):
         layers = {
             name: layer
             for layer, name in names_in(self.module).items()
-            if isinstance(layer, LAYERS)
+            if isinstance(layer, CutLayer)
         }
         if name not in layers:
             raise KeyError(f"no layer {name!r} that follows the rule; there are {list(layers)}")
@@ -146,8 +150,8 @@ class LayerFeedback(Root):
             return weight.clone()
         return self.backward_weight(layers[name]).of(weight).clone()
 
-    def backward_weight(self, layer: nn.Module) -> BackwardWeight:
-        """What a layer reads in backward, for its call in a forward pass."""
+    def backward_weight(self, layer: CutLayer) -> RuleWeight:
+        """Returns what a layer reads in backward, for its call in a forward pass."""
         if layer not in self._names:
             self._find_names()
         shape, dtype, device = layer.weight.shape, layer.weight.dtype, layer.weight.device
@@ -155,20 +159,20 @@ class LayerFeedback(Root):
         if self.rule in ("fa", "frsf"):
             name = self._names.get(layer, type(layer).__name__)
             (matrix,) = self._matrix(self.read_seed(), name, tuple(shape), dtype, device)
-        return BackwardWeight(self.rule, scale, matrix)
+        return RuleWeight(self.rule, scale, matrix)
 
     def extra_repr(self) -> str:
         return f"rule={self.rule!r}, scale={self.scale!r}"
 
     def _deviation(self, shape: tuple[int, ...]) -> float:
-        """The standard deviation s of M for a weight of this shape."""
+        """Returns the standard deviation s of M for a weight of this shape."""
         if not isinstance(self.scale, str):
             return float(self.scale)
         positions = math.prod(shape[2:])
         return SCALES[self.scale](max(shape[1] * positions, 1), max(shape[0] * positions, 1))
 
     # In a tuple and as a constant of a compiled step, as `DFA._dense`.
-    @torch.compiler.assume_constant_result
+    @constant
     def _matrix(
         self,
         seed: int,
@@ -177,7 +181,7 @@ class LayerFeedback(Root):
         dtype: torch.dtype,
         device: torch.device,
     ) -> tuple[Tensor]:
-        """M of a layer, or its absolute value where that is what the rule reads."""
+        """Returns M of a layer, or its absolute value where that is what the rule reads."""
         key = (seed, name, shape, dtype, device)
         if key not in self._matrices:
             capture.refuse(capture.MADE_BEFORE.format("make its B"))
@@ -199,14 +203,15 @@ class LayerFeedback(Root):
 
     def _reset(self) -> None:
         super()._reset()
-        self._matrices: dict[tuple[Any, ...], Tensor] = {}
+        self._matrices = {}
 
 
 def _warn_of_plain_layers(module: nn.Module) -> None:
     plain = [
         name or "module"
         for name, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)) and not isinstance(layer, LAYERS)
+        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))
+        and not isinstance(layer, CutLayer)
     ]
     if plain:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""Feedback matrices that a root holds: given ones, and ones that learn.
+"""Holds the feedback matrices of a root that are not drawn: given ones, and ones that learn.
 
 Elsewhere B is a function of the seed. These are parameters of the root, so they are in its
 checkpoint; those that learn require grad, and any optimizer of torch updates them.
@@ -12,12 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-
-from . import signals
-from .engine.fused import as_matrix
-from .engine.tape import Point
-from .feedback.rule import hash_of
 
 SHARED = "shared"
 
@@ -31,7 +25,7 @@ Compression = Callable[[Tensor, Tensor], Tensor]
 
 
 def kolen_pollack(B: Tensor, error: Tensor, h: Tensor) -> Tensor:
-    """e^T h, which is the gradient of the output layer's weight where h is its input.
+    """Returns e^T h, which is the gradient of the output layer's weight where h is its input.
 
     With the same learning rate and weight decay for B and the weights, B of the last hidden layer
     comes to the output layer's weight (Kolen and Pollack 1994; for weight transport arXiv
@@ -41,16 +35,16 @@ def kolen_pollack(B: Tensor, error: Tensor, h: Tensor) -> Tensor:
 
 
 def cross_correlation(B: Tensor, error: Tensor, h: Tensor) -> Tensor:
-    """B - e^T h: with SGD of rate 1 - lambda, B is the exponential average of the correlation of
-    error and activation. Error broadcast and decorrelation (arXiv 2504.11558) brings |e^T h|^2 / 2
-    down, whose gradient at h, with e held, is e B, whatever the sign of e. For a loss that is a
-    mean over rows."""
+    """Returns B - e^T h: with SGD of rate 1 - lambda, B is the exponential average of the
+    correlation of error and activation. Error broadcast and decorrelation (arXiv 2504.11558) brings
+    |e^T h|^2 / 2 down, whose gradient at h, with e held, is e B, whatever the sign of e. For a loss
+    that is a mean over rows."""
     return B - error.t() @ h
 
 
 def local_classifier(B: Tensor, error: Tensor, h: Tensor, target: Tensor) -> Tensor:
-    """(p - t)^T h / M with p = softmax(h B^T): the gradient of the mean cross-entropy of a linear
-    classifier of what the point reads, whose logits are h B^T.
+    """Returns (p - t)^T h / M with p = softmax(h B^T): the gradient of the mean cross-entropy of a
+    linear classifier of what the point reads, whose logits are h B^T.
 
     Its transpose, which takes an error at the logits to h, is then the feedback for the error at
     the output. Local classifiers, trained or fixed, with their own error as the feedback: arXiv
@@ -63,8 +57,8 @@ def local_classifier(B: Tensor, error: Tensor, h: Tensor, target: Tensor) -> Ten
 
 
 def oja(Q: Tensor, error: Tensor) -> Tensor:
-    """(Q z^T z - e^T z) / rho with z = e Q: Oja's subspace rule, by which the columns of Q come to
-    be orthonormal and to span the r directions in which the error is largest (Oja 1989).
+    """Returns (Q z^T z - e^T z) / rho with z = e Q: Oja's subspace rule, by which the columns of Q
+    come to be orthonormal and to span the r directions in which the error is largest (Oja 1989).
 
     After LDFA (arXiv 2502.20580), which has a Q and a P for each layer, in place of the layer's own
     W in the error's way back; here there is one Q for all layers, straight from the output. And
@@ -90,32 +84,36 @@ COMPRESSION: dict[str, Compression] = {"oja": oja}
 
 
 class Learning(NamedTuple):
-    """How the matrices of a root learn in its backward passes."""
+    """Says how the matrices of a root learn in its backward passes."""
 
     rule: Rule | None  # of every B_l, or P_l where B = Q P
     compression: Compression | None  # of Q
     needs_target: bool  # whether the rule does
 
+    @property
+    def name(self) -> str:
+        """Returns the name of the rule, for error texts."""
+        return _name(self.rule)
+
 
 def learning_of(
     rule: str | Rule, compression: str | Compression | None, rank: int | None
 ) -> Learning:
-    """The rules of names of `LEARNING` and `COMPRESSION`, any other callables as they are; that of
-    Q where B is a product, of a rank.
+    """Returns the rules of names of `LEARNING` and `COMPRESSION`, any other callables as they are;
+    that of Q where B is a product, of a rank.
 
     Raises:
         ValueError, TypeError: for anything else, and for a rule with a target where B is one.
     """
-    rule = _chosen("rule", rule, LEARNING)
-    if compression is not None:
-        compression = _chosen("compression", compression, COMPRESSION)
-    needs_target = rule is not None and _takes_target(rule)
+    chosen = _chosen("rule", rule, LEARNING)
+    of_low = None if compression is None else _chosen("compression", compression, COMPRESSION)
+    needs_target = chosen is not None and _takes_target(chosen)
     if needs_target and rank is not None:
         raise ValueError(
-            f"{_name(rule)} takes the target, of C classes, and so needs a B [C, n_l]: expected a "
-            f"Feedback without rank, got rank={rank}"
+            f"{_name(chosen)} takes the target, of C classes, and so needs a B [C, n_l]: expected "
+            f"a Feedback without rank, got rank={rank}"
         )
-    return Learning(rule, None if rank is None else compression, needs_target)
+    return Learning(chosen, None if rank is None else of_low, needs_target)
 
 
 def _chosen(
@@ -138,12 +136,12 @@ def _takes_target(rule: Rule) -> bool:
         return False
 
 
-def _name(rule: Rule) -> str:
-    return getattr(rule, "__name__", type(rule).__name__)
+def _name(rule: Rule | None) -> str:
+    return str(getattr(rule, "__name__", type(rule).__name__))
 
 
 class Matrices(nn.ParameterDict):
-    """B [C, >= n_max] for all points, or B_l [C, n_l] by the names of points; scaled already.
+    """Holds B [C, >= n_max] for all points, or B_l [C, n_l] by the names of points; scaled already.
 
     In the names of parameters a slash stands for the dot, which torch does not allow there.
     """
@@ -163,20 +161,15 @@ class Matrices(nn.ParameterDict):
                 for name, matrix in given.items()
             }
         )
-        self._by_stream = {self.stream(name): _key(name) for name in given}
 
-    def stream(self, name: str) -> int:
-        """What stands for the matrix of a point, as its stream does where B is generated."""
-        return 0 if SHARED in self else hash_of(name)
-
-    def of(self, name: str) -> Tensor:
-        return self[SHARED if SHARED in self else _key(name)]
-
-    def of_stream(self, stream: int) -> Tensor:
-        return self[SHARED if SHARED in self else self._by_stream[stream]].detach()
+    def of(self, name: str) -> nn.Parameter:
+        """Returns the matrix of a point."""
+        matrix: nn.Parameter = self[SHARED if SHARED in self else _key(name)]
+        return matrix
 
     def version(self) -> tuple[object, ...]:
-        """What changes where a plan that holds these would be stale; their values may change."""
+        """Returns what changes where a plan that holds these would be stale; their values may
+        change."""
         return tuple((matrix.data_ptr(), matrix.dtype) for matrix in self.values())
 
     def check(
@@ -224,71 +217,32 @@ def _check_matrix(name: str, matrix: object) -> None:
         )
 
 
-def learnt(
+def learning_gradients(
     learning: Learning,
-    y: Tensor,
+    error: Tensor,
     target: Tensor | None,
     low: Tensor | None,
-    points: list[Point],
-    matrices: list[Tensor],
-) -> Tensor:
-    """y, whose error gives the matrices of these points their gradients, and Q, where there is one.
+    reads: Sequence[Tensor],
+    matrices: Sequence[Tensor],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Returns the gradient of Q, where it learns, and of every matrix, from one error.
 
-    The target is as it was set, for an output of the shape of y.
-
-    Raises:
-        RuntimeError, TypeError, ValueError: where the rule needs the target, and it is none.
+    Args:
+        error: e [M, C].
+        target: [M, C], where the rule has one.
+        low: Q [C, r], where B = Q P.
+        reads: what the point of each matrix reads, [M, n_l].
     """
-    by = f"the rule {_name(learning.rule)}" if learning.needs_target else None
-    rows = None if by is None else signals.given(target, y, by)
-    read = [as_fed(point, y.shape[:-1].numel()) for point in points]
-    return _Learning.apply(learning, y, rows, low, *read, *matrices)
-
-
-def as_fed(point: Point, rows: int) -> Tensor:
-    """What a point reads, [M, n_l]; of its positions the sum over the square root of their number,
-    which is what its feedback is to each (see `tape.SpreadToken`)."""
-    h = point.tensor.detach()
-    if point.features is None:
-        return h.reshape(rows, -1)
-    leading = 1 if point.rows is None else point.rows
-    h = h.movedim(point.features, leading).flatten(leading + 1)
-    return (h.sum(-1) / h.shape[-1] ** 0.5).reshape(rows, -1)
-
-
-class _Learning(torch.autograd.Function):
-    """Passes the output y through; in backward matrices get the gradients of their rules.
-
-    The tensors after Q: what each point reads, and its matrix.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, learning: Learning, y: Tensor, target: Tensor | None, low: Tensor | None, *tensors
-    ) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.learning = learning
-        ctx.save_for_backward(target, low, *tensors)
-        return y.view_as(y)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, error: Tensor | None):
-        target, low, *tensors = ctx.saved_tensors
-        count = len(tensors) // 2
-        nothing: list[Tensor | None] = [None] * count
-        if error is None:
-            return None, None, None, None, *nothing, *nothing
-        e, rule, compression = as_matrix(error), ctx.learning.rule, ctx.learning.compression
-        sent = e if low is None else e.to(low.dtype) @ low
-        made = nothing
-        if rule is not None:
-            pairs = zip(tensors[:count], tensors[count:], strict=True)
-            made = [_gradient(rule, matrix, sent, h, target) for h, matrix in pairs]
-        of_low = None
-        if compression is not None:
-            of_low = _of_shape(low, compression(low, e.to(low.dtype)), "compression")
-        return None, error, None, of_low, *nothing, *made
+    rule, compression = learning.rule, learning.compression
+    sent = error if low is None else error.to(low.dtype) @ low
+    made: list[Tensor | None] = [None] * len(matrices)
+    if rule is not None:
+        reads_target = target if learning.needs_target else None
+        pairs = zip(reads, matrices, strict=True)
+        made = [_gradient(rule, matrix, sent, h, reads_target) for h, matrix in pairs]
+    if compression is None or low is None:
+        return None, made
+    return _of_shape(low, compression(low, error.to(low.dtype)), "compression"), made
 
 
 def _gradient(

@@ -1,4 +1,4 @@
-"""Projections made by something else than this library's kernels: `DFA(projector=)`.
+"""Projects by something else than this library's kernels: `DFA(projector=)`.
 
 A projector is any callable that takes a signal [M, C] and returns its product [M, n] with a fixed
 random matrix of its own, or a future of it. `OpticalProcessor` simulates one.
@@ -20,7 +20,7 @@ OUTPUTS = ("linear", "intensity")
 
 
 class Projected:
-    """What a projector has returned, of [rows, >= columns]; waited for when it is first read."""
+    """Holds what a projector returned, [rows, >= columns], and waits for it when it is read."""
 
     def __init__(self, projector: Projector, signal: Tensor, columns: int) -> None:
         self._made = projector(signal)
@@ -40,7 +40,7 @@ class Projected:
 
 
 class OpticalProcessor:
-    """A simulated optical processor: light through a scattering medium, as a projector.
+    """Simulates an optical processor, light through a scattering medium, as a projector.
 
     Each row of the signal is rounded to -1, 0 and 1 times its largest entry, as a mirror device
     displays it, and multiplied by a complex Gaussian matrix; a camera sees that field's real part
@@ -84,7 +84,7 @@ class OpticalProcessor:
         self.noise, self.noise_bits = noise, noise_bits
 
     def __call__(self, signal: Tensor) -> Tensor:
-        """[M, C] to [M, features]."""
+        """Returns the product [M, features] of a signal [M, C]."""
         largest = signal.abs().amax(1, keepdim=True)
         displayed = (signal / largest.where(largest > 0, 1)).round()
         real, imaginary = (displayed @ self._matrix(signal, stream) for stream in (0, 1))
@@ -102,7 +102,7 @@ class OpticalProcessor:
         )  # fmt: skip
 
     def _noisy(self, seen: Tensor) -> Tensor:
-        deviation = self.noise * seen.std() if self.noise else 0.0
+        deviation: float | Tensor = self.noise * seen.std() if self.noise else 0.0
         if self.noise_bits is not None:
             extent = seen.max() - seen.min()
             deviation = deviation + extent * 2**-self.noise_bits
@@ -112,5 +112,7 @@ class OpticalProcessor:
         if self.bits is None or not seen.numel():
             return seen
         low, high = seen.min(), seen.max()
-        step = ((high - low) / (2**self.bits - 1)).clamp(min=torch.finfo(seen.dtype).tiny)
-        return ((seen - low) / step).round() * step + low
+        step: Tensor = (high - low) / (2**self.bits - 1)
+        step = step.clamp(min=torch.finfo(seen.dtype).tiny)
+        level: Tensor = (seen - low) / step
+        return level.round() * step + low

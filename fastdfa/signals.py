@@ -1,4 +1,4 @@
-"""What is projected in place of the error: its sign, a few levels of it, the target, a function.
+"""Says what is projected in place of the error: its sign, its levels, the target, a function.
 
 A signal that is not linear in e would change with the size of the loss: with GradScaler, with the
 number of batches that are accumulated, with a mean in place of a sum. So each row of it is made as
@@ -24,7 +24,7 @@ def _check_number(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Signal(ABC):
-    """The base of all: `of` makes a signal from an error.
+    """Serves as the base of all signals: `of` makes one from an error.
 
     Args:
         raw: leave its entries as they are, in place of rows as long as those of the error.
@@ -42,24 +42,24 @@ class Signal(ABC):
 
     @property
     def known_ahead(self) -> bool:
-        """Whether it needs nothing of the forward pass: neither the error nor the output, nor the
-        length of the error's rows. Then layers can learn in that pass (see `StreamingStep`)."""
+        """Tells whether it needs nothing of the forward pass: not the error, nor the output, nor
+        the length of the error's rows. Then layers can learn in that pass (see `StreamingStep`)."""
         return self.raw and not (self.needs_error or self.needs_output)
 
     @abstractmethod
     def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
-        """[M, C] from the error e [M, C]; the output y and the target, [M, C], where they are
-        needed. In float32, or float64 where e is. The entries of an e that is not needed may be
+        """Returns [M, C] from the error e [M, C]; the output y and the target, [M, C], where they
+        are needed. In float32, or float64 where e is. The entries of an e that is not needed may be
         NaN."""
 
     def columns(self, classes: int) -> int:
-        """How many the signal of an error of so many classes has."""
+        """Returns how many columns the signal of an error of so many classes has."""
         return classes
 
 
 @dataclass(frozen=True)
 class Error(Signal):
-    """The error itself: direct feedback alignment (arXiv 1609.01596)."""
+    """Sends the error itself: direct feedback alignment (arXiv 1609.01596)."""
 
     def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
         return error
@@ -67,7 +67,7 @@ class Error(Signal):
 
 @dataclass(frozen=True)
 class Sign(Signal):
-    """sign(e), of 0 where e is (sDFA; arXiv 1909.01311 compares it)."""
+    """Sends sign(e), of 0 where e is (sDFA; arXiv 1909.01311 compares it)."""
 
     def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
         return error.sign()
@@ -75,7 +75,7 @@ class Sign(Signal):
 
 @dataclass(frozen=True)
 class Ternary(Signal):
-    """sign(e) where |e| is above a share of the largest of its row, else 0.
+    """Sends sign(e) where |e| is above a share of the largest of its row, else 0.
 
     For hardware whose inputs are -1, 0 and 1, as an optical processor's (arXiv 2006.01475). There
     the threshold is a number; a share of the row's largest does not depend on the loss's size.
@@ -94,7 +94,7 @@ class Ternary(Signal):
 
 @dataclass(frozen=True)
 class Quantized(Signal):
-    """e rounded to 2^bits - 1 levels between minus and plus the largest |e| of its row."""
+    """Sends e rounded to 2^bits - 1 levels between minus and plus the largest |e| of its row."""
 
     bits: int = 8
 
@@ -106,12 +106,13 @@ class Quantized(Signal):
 
     def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
         levels, largest = 2 ** (self.bits - 1) - 1, _largest(error)
-        return (error / largest.where(largest > 0, 1) * levels).round() / levels
+        scaled: Tensor = error / largest.where(largest > 0, 1) * levels
+        return scaled.round().div(levels)
 
 
 @dataclass(frozen=True)
 class Target(Signal):
-    """Minus the target: direct random target projection, DRTP (arXiv 1909.01311).
+    """Sends minus the target: direct random target projection, DRTP (arXiv 1909.01311).
 
     -onehot is the part of e = softmax - onehot that is known before the forward pass; B is random,
     so that its sign is of no account to the hidden layers alone.
@@ -121,12 +122,13 @@ class Target(Signal):
     needs_target: ClassVar[bool] = True
 
     def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
+        assert target is not None  # as it `needs_target`
         return -target
 
 
 @dataclass(frozen=True)
 class Function(Signal):
-    """Any function of (output, target, error), each [M, C] in float32 or float64.
+    """Sends any function of (output, target, error), each [M, C] in float32 or float64.
 
     Args:
         function: returns [M, columns]; the target is None where none was given. Not differentiated.
@@ -144,6 +146,7 @@ class Function(Signal):
             raise ValueError(f"width must be a positive int or None, got {self.width}")
 
     def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
+        assert self.function is not None and output is not None  # checked, and needed
         made = self.function(output, target, error)
         expected = (len(error), self.columns(error.shape[1]))
         if not isinstance(made, Tensor):
@@ -168,7 +171,8 @@ SIGNALS: dict[str, Signal] = {
 
 
 def make(signal: object) -> Signal:
-    """The signal of a name of `SIGNALS`, a `Signal` as it is, any other callable as a `Function`.
+    """Returns the signal of a name of `SIGNALS`, a `Signal` as it is, any other callable as a
+    `Function`.
 
     Raises:
         ValueError: for an unknown name.
@@ -187,7 +191,7 @@ def make(signal: object) -> Signal:
 
 
 def made(signal: Signal, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
-    """What is projected, [M, columns], for an error e [M, C]."""
+    """Returns what is projected, [M, columns], for an error e [M, C]."""
     if isinstance(signal, Error):
         return error
     e = _wide(error)
@@ -197,11 +201,12 @@ def made(signal: Signal, error: Tensor, output: Tensor | None, target: Tensor | 
     if signal.raw:
         return rows / max(len(e), 1)
     length = rows.norm(dim=1, keepdim=True)
-    return rows * (e.norm(dim=1, keepdim=True) / length.where(length > 0, 1))
+    factor: Tensor = e.norm(dim=1, keepdim=True) / length.where(length > 0, 1)
+    return rows * factor
 
 
 def given(target: Tensor | None, output: Tensor, reader: str) -> Tensor:
-    """The target that `reader` needs, [M, C]; see `as_rows`.
+    """Returns the target that `reader` needs, [M, C]; see `as_rows`.
 
     Raises:
         RuntimeError: where none was set.
@@ -216,7 +221,8 @@ def given(target: Tensor | None, output: Tensor, reader: str) -> Tensor:
 
 
 def as_rows(target: Tensor, output: Tensor) -> Tensor:
-    """A target as [M, C], of an output [*rows, C]: class indices [*rows] as their one-hot rows.
+    """Returns a target as [M, C], of an output [*rows, C]: class indices [*rows] as their one-hot
+    rows.
 
     Raises:
         TypeError, ValueError: for a target that is neither these nor of the output's shape.
@@ -241,5 +247,5 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _largest(error: Tensor) -> Tensor:
-    """|e| of each row's largest entry, [M, 1]."""
+    """Returns |e| of each row's largest entry, [M, 1]."""
     return error.abs().amax(1, keepdim=True) if error.shape[1] else error.new_zeros(len(error), 1)

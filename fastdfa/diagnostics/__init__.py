@@ -1,0 +1,7 @@
+"""Measures what training does to a model; here are the types of the results."""
+
+from .alignment import Alignment, PointAlignment
+from .inspection import Inspection, Row
+from .monitor import AlignmentMonitor
+
+__all__ = ["Alignment", "AlignmentMonitor", "Inspection", "PointAlignment", "Row"]

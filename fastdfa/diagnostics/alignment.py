@@ -1,10 +1,9 @@
-"""How well the feedback that layers receive agrees with their true gradient: `alignment`.
+"""Measures how well the feedback that layers receive agrees with their true gradient.
 
 Of a `DFA`, one forward pass goes through the network uncut, and a tape notes each tensor that would
-be a point.
-One backward pass then gives the error at the output and the true gradient at every point; from that
-error the nodes of an ordinary DFA step make the feedback. So the instrument measures what training
-does, and adds no code to it.
+be a point. One backward pass then gives the error at the output and the true gradient at every
+point; from that error the nodes of an ordinary DFA step make the feedback. So the instrument
+measures what training does, and adds no code to it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +20,24 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from .. import ops
-from ..dfa import DFA, backprop, check_output
+from ..dfa import DFA, backprop
+from ..engine.broadcast import as_matrix
+from ..engine.finish import check_output, sent_by
+from ..engine.layers import CutLayer
+from ..engine.nodes import Edge, gate_reads, samples_as_rows
+from ..engine.plan import feedback_at, lay_out, product_of
 from ..engine.root import Root, names_in
-from ..engine.tape import Edge, LayerRecord, Point, Tape, state
-from ..layerwise import LAYERS, LayerFeedback
-from . import table
-from .inspection import left_as_it_was, parameters_of, roots_of, unwrapped
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from ..engine.tape import Point, Run, Tape, state
+from ..layerwise import LayerFeedback
+from . import plots, table
+from .untouched import left_as_it_was, parameters_of, roots_of, unwrapped
 
 _HEADER = ("point", "rows", "cosine", "std", "degrees", "zero rows")
 
 
 @dataclass(frozen=True, eq=False)
 class PointAlignment:
-    """Of one feedback point.
+    """Holds what was measured at one feedback point.
 
     Attributes:
         name: as in `DFA.feedback_points`.
@@ -54,29 +54,29 @@ class PointAlignment:
 
     @property
     def mean(self) -> float:
-        """Of the cosines of the rows that have one; NaN if none has."""
+        """Returns the mean cosine of the rows that have one; NaN if none has."""
         return self.cosines.nanmean().item()
 
     @property
     def std(self) -> float:
-        """Standard deviation over the same rows."""
+        """Returns the standard deviation over the same rows."""
         known = self.cosines[~self.cosines.isnan()]
         return known.std(correction=0).item() if len(known) else math.nan
 
     @property
     def degrees(self) -> float:
-        """Mean angle between true gradient and feedback: 90 is what a random direction has."""
+        """Returns the mean angle between true gradient and feedback: a random direction has 90."""
         return self.cosines.clamp(-1, 1).acos().rad2deg().nanmean().item()
 
     @property
     def zero_rows(self) -> int:
-        """Rows without a cosine."""
+        """Returns the number of rows without a cosine."""
         return int(self.cosines.isnan().sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """What `alignment` measured: `points`, from the input up. `[name]` is one of them.
+    """Holds what `alignment` measured: `points`, from the input up. `[name]` is one of them.
 
     `print` shows a table, `rich.print` the same in colours, `plot` the distribution over rows.
 
@@ -114,14 +114,14 @@ class Alignment:
                 tables[1].add_row(*cells)
         return Group(*tables)
 
-    def plot(self) -> Figure:
-        """A matplotlib figure: the distribution of the cosine over rows, of each point.
+    def plot(self) -> plots.Figure:
+        """Returns a matplotlib figure: the distribution of the cosine over rows, of each point.
 
         Raises:
             ImportError: where matplotlib is not installed.
         """
-        figure = _figure()
-        draw_distribution(figure.subplots(), self)
+        figure = plots.figure()
+        plots.draw_distributions(figure.subplots(), {p.name: p.cosines for p in self.points})
         return figure
 
     def _cells(self) -> list[tuple[str, ...]]:
@@ -167,9 +167,9 @@ def alignment(
             or that calls a `DFA` other than once; for a loss that is no scalar or does not depend
             on the output of a `DFA`; for gradients that are not finite.
     """
-    _check_arguments(model, loss_fn)
+    check_arguments(model, loss_fn)
     model = unwrapped(model)
-    root = _layer_feedback_of(model)
+    root = layer_feedback_of(model)
     if root is not None:
         if gated:
             raise ValueError("gated compares at the points of a DFA, and model is a LayerFeedback")
@@ -195,55 +195,57 @@ def alignment(
 
 
 class _Cut(NamedTuple):
-    """A tensor at which training would cut, and what is known of it."""
+    """Holds a tensor at which training would cut, and what is known of it."""
 
-    tensor: Tensor
+    point: Point
     edge: GradientEdge  # where its gradient is, whatever is done to it later
-    point: Point  # of its values alone, so that a feedback ends there
-    record: LayerRecord | None  # of the layer whose output it is, if that gates its feedback
+    run: Run | None  # the run that it is an output of, at `place`
+    place: int
+    reads: Tensor | None  # what the gate of the run reads
 
 
 class _UncutPass(Tape):
-    """A forward pass that notes where training would cut, and goes on with the history.
+    """Notes in a forward pass where training would cut, and goes on with the history.
 
     What a layer reads is a copy, whose gradient can be blocked: then the network is cut after all.
     """
 
     looks_ahead = False  # the output of every layer is a tensor with a gradient
     cuts = False
+    root: DFA
+    error: Tensor  # known once it has received its gradients
 
     def __init__(self, root: DFA) -> None:
-        super().__init__(root, [], root._install_tap())
+        super().__init__(root, [], root.install_tap())
         self.found: dict[int, _Cut] = {}  # by the id of the tensor
         self.blocked: list[bool] = []  # not empty: yes. The hooks must not hold self
         self.output: Tensor | None = None
         self.output_edge: GradientEdge | None = None
-        self.error: Tensor | None = None
         self.true: list[Tensor] = []  # gradients, of each of `found`
         self.feedback: list[Tensor] = []
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """In place of the root's own forward."""
+        """Runs in place of the root's own forward."""
         if self.output is not None:
             raise ValueError("model called a DFA twice, and so has two errors; expected one call")
         leaves = tree_leaves((args, kwargs))
         self.inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-        return self.root._run(self, args, kwargs)
+        return self.root.run(self, args, kwargs)
 
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
         if any(x is given for given in self.inputs):
             return x
         if id(x) not in self.found:
-            record = self.newest if self.newest_is(x, rows, features) else None
-            values = x.detach().requires_grad_()
-            point = self.point(layer, values, rows, features)
-            self.found[id(x)] = _Cut(x, get_gradient_edge(x), point, record)
+            run, place = self.made.get(id(x), (None, 0))
+            point = Point(layer, x, x, None, None, 0, rows, features, None)
+            reads = None if run is None else gate_reads(x)
+            self.found[id(x)] = _Cut(point, get_gradient_edge(x), run, place, reads)
         # No view: modified in place, it would take the history of x round the hook.
         copy, blocked = x.clone(), self.blocked
         copy.register_hook(lambda gradient: torch.zeros_like(gradient) if blocked else None)
         return copy
 
-    def read(self, x: Tensor, edge: Edge) -> None:
+    def read(self, x: Tensor, edge: Edge | None) -> None:
         pass  # nothing looks for bypasses
 
     def end(self, y: Any) -> Any:
@@ -256,19 +258,20 @@ class _UncutPass(Tape):
     def edges(self) -> list[GradientEdge]:
         return [each.edge for each in self.found.values()]
 
-    def take(self, gradients: Iterator[Tensor | None]) -> None:
-        """The error and the true gradients, in the order of the output and of `edges`."""
-        self.error = next(gradients)
-        if self.error is None:
+    def receive(self, gradients: Iterator[Tensor | None]) -> None:
+        """Takes the error and the true gradients, in the order of the output and of `edges`."""
+        error = next(gradients)
+        if error is None:
             raise ValueError("loss_fn must depend on the output of the DFA, and it does not")
+        self.error = error
         for each in self.found.values():
             gradient = next(gradients)
-            self.true.append(torch.zeros_like(each.tensor) if gradient is None else gradient)
+            self.true.append(torch.zeros_like(each.point.tensor) if gradient is None else gradient)
 
     def measure(self, prefix: str, gated: bool) -> list[PointAlignment]:
-        """The alignment of every point; makes the feedback."""
+        """Makes the feedback, and returns the alignment of every point."""
         points = [each.point for each in self.found.values()]
-        names = self.root._name(points)
+        names = self.root.names_of_points([point.layer for point in points])
         self.feedback = self._feedback(points, names)
         gradients = list(zip(self.true, self.feedback, strict=True))
         for name, pair in zip(names, gradients, strict=True):
@@ -278,34 +281,47 @@ class _UncutPass(Tape):
             PointAlignment(
                 prefix + name,
                 self._cosines(*pair),
-                self._gated(each.record, *pair) if gated and each.record else None,
+                self._gated(each, *pair) if gated else None,
             )
             for name, each, pair in zip(names, self.found.values(), gradients, strict=True)
         ]
 
     def _feedback(self, points: list[Point], names: list[str]) -> list[Tensor]:
-        """What each point is sent by the error, made by the nodes of an ordinary backward pass."""
-        root = self.root
-        before = root._layout, root._sizes  # what the first pass of training checks
+        """Returns what each point is sent by the error, from the broadcast of a training step."""
+        root, error, output = self.root, self.error, self.output
+        assert output is not None  # as its error has come
+        planned, settled = root.planner.layout, root.bank.layout  # checked by training's first pass
         try:
-            layout = root._lay_out(points, names, self.error)
-            settled = root._settled(layout)
-            sent = root._signal(self.error, self.output, root.target)
-            fed = root._feed(points, settled, layout.widest, self.error, sent, False)
+            layout = lay_out(points, names, error, root.columns(error.shape[-1]))
+            root.planner.layout = layout
+            pairs = zip(points, root.bank.settle(layout), strict=True)
+            projected = root.projector is not None
+            products = [
+                product_of(point, error, each, root.bank, layout, projected)
+                for point, each in pairs
+            ]
+            broadcast = root.planner.with_products(root, layout, products).broadcast()
+            broadcast.send(sent_by(root, layout, error, output, root.target))
         finally:
-            root._layout, root._sizes = before
-        return list(torch.autograd.grad(fed, [point.tensor for point in points], sent))
+            root.planner.layout, root.bank.layout = planned, settled
+        return [feedback_at(broadcast, k, point) for k, point in enumerate(points)]
 
-    def _cosines(self, true: Tensor, fed: Tensor) -> Tensor:
-        """Row by row, [M], on the CPU."""
-        return _row_cosines(true, fed, self.error.shape[:-1].numel())
+    def _cosines(self, true: Tensor, feedback: Tensor) -> Tensor:
+        """Returns the cosine of each row, [M], on the CPU."""
+        return _row_cosines(true, feedback, self.error.shape[:-1].numel())
 
-    def _gated(self, layer: LayerRecord, true: Tensor, fed: Tensor) -> Tensor:
-        """The same of both behind the local derivative of the layer before."""
-        of, saved = layer.affine.matrix, layer.saved
-        gate = layer.gate
-        deltas = [ops.gate(of(g, saved), of(saved, saved), *gate)[0] for g in (true, fed)]
-        return self._cosines(*deltas)
+    def _gated(self, cut: _Cut, true: Tensor, feedback: Tensor) -> Tensor | None:
+        """Returns the cosines of both behind the local derivative of the layer before, if it has
+        run its activation itself."""
+        run, reads = cut.run, cut.reads
+        if run is None or reads is None:
+            return None
+        if run.by_rows:
+            true, feedback, saved = (as_matrix(x) for x in (true, feedback, reads))
+        else:
+            true, feedback, saved = (samples_as_rows(x, reads) for x in (true, feedback, reads))
+        gate = run.gates[cut.place]
+        return self._cosines(*[ops.gate(g, saved, *gate)[0] for g in (true, feedback)])
 
 
 def _row_cosines(a: Tensor, b: Tensor, rows: int) -> Tensor:
@@ -314,10 +330,10 @@ def _row_cosines(a: Tensor, b: Tensor, rows: int) -> Tensor:
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
-    """Rows of length 1; NaN where a row is zero."""
+    """Returns rows of length 1; NaN where a row is zero."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     rows = rows / rows.abs().amax(1, keepdim=True)  # so that no square underflows
-    return rows / rows.norm(dim=1, keepdim=True)
+    return rows.div(rows.norm(dim=1, keepdim=True))
 
 
 # The passes of a measurement.
@@ -325,7 +341,7 @@ def _unit_rows(rows: Tensor) -> Tensor:
 
 @contextmanager
 def _instead_of(roots: dict[str, DFA]) -> Iterator[dict[str, _UncutPass]]:
-    """Inside, every root runs its pass, and gradients are true."""
+    """Makes every root run its pass, inside, and gradients true."""
     passes = {name: _UncutPass(root) for name, root in roots.items()}
     instead, true_gradients = state.instead, state.true_gradients
     state.instead = {each.root: each.forward for each in passes.values()}
@@ -346,7 +362,9 @@ def _true_gradients(
     loss: Tensor, passes: dict[str, _UncutPass], parameters: dict[str, nn.Parameter]
 ) -> list[Tensor | None]:
     """Gives every pass its error and gradients; returns those of the parameters."""
-    edges = [edge for each in passes.values() for edge in (each.output_edge, *each.edges())]
+    edges: list[Any] = []
+    for each in passes.values():
+        edges += (each.output_edge, *each.edges())
     gradients = iter(
         torch.autograd.grad(
             loss,
@@ -356,7 +374,7 @@ def _true_gradients(
         )
     )
     for each in passes.values():
-        each.take(gradients)
+        each.receive(gradients)
     return list(gradients)
 
 
@@ -366,15 +384,17 @@ def _weight_cosines(
     parameters: dict[str, nn.Parameter],
     true: list[Tensor | None],
 ) -> dict[str, float]:
-    """Of all parameters that have both gradients; the DFA's by a pass blocked at every cut."""
+    """Returns the cosine of each parameter that has both gradients; the DFA's comes from a pass
+    that is blocked at every cut."""
     if not parameters:
         return {}
-    outputs: list[Tensor | GradientEdge] = [loss]
+    outputs: list[Any] = [loss]  # tensors and edges
     sent: list[Tensor] = [torch.ones_like(loss)]
     for each in passes:
         each.blocked.append(True)
         found = each.found.values()
-        outputs += [cut.tensor if cut.tensor.is_leaf else cut.edge for cut in found]
+        tensors = [cut.point.tensor for cut in found]
+        outputs += [x if x.is_leaf else cut.edge for x, cut in zip(tensors, found, strict=True)]
         sent += each.feedback
     by_feedback = torch.autograd.grad(outputs, list(parameters.values()), sent, allow_unused=True)
     return {
@@ -393,7 +413,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 
 class _LayerPass:
-    """The gradients that a step of a `LayerFeedback` hands to the inputs of its layers."""
+    """Finds the gradients that a step of a `LayerFeedback` hands to the inputs of its layers."""
 
     def __init__(self, root: LayerFeedback) -> None:
         self.edges: dict[str, GradientEdge] = {}  # of every such input, by the name of its point
@@ -402,7 +422,7 @@ class _LayerPass:
         self.hooks = [
             layer.register_forward_pre_hook(self._note)
             for layer in self.names
-            if isinstance(layer, LAYERS)
+            if isinstance(layer, CutLayer)
         ]
         self.hooks.append(root.register_forward_hook(self._note_output))
 
@@ -426,7 +446,7 @@ class _LayerPass:
     def gradients(
         self, model: nn.Module, loss_fn: Any, x: Any, y: Any, parameters: list[Tensor]
     ) -> list[Tensor | None]:
-        """Of every edge, then of the parameters."""
+        """Returns the gradient of every edge, then those of the parameters."""
         try:
             loss = loss_fn(_called(model, x), y)
         finally:
@@ -435,31 +455,37 @@ class _LayerPass:
         if self.output is None:
             raise ValueError("model must call its LayerFeedback once; it did not")
         _check_loss(loss, "LayerFeedback")
-        inputs = [*self.edges.values(), *parameters]
+        inputs: list[Any] = [*self.edges.values(), *parameters]
         return list(torch.autograd.grad(loss, inputs, allow_unused=True)) if inputs else []
 
 
-def _layer_feedback_of(model: nn.Module) -> LayerFeedback | None:
+def layer_feedback_of(model: nn.Module) -> LayerFeedback | None:
     roots = [module for module in model.modules() if isinstance(module, Root)]
-    if not any(isinstance(root, LayerFeedback) for root in roots):
+    found = [root for root in roots if isinstance(root, LayerFeedback)]
+    if not found:
         return None
     if len(roots) > 1:
         raise ValueError(f"model must hold one LayerFeedback alone, got {len(roots)} roots")
-    return roots[0]
+    return found[0]
 
 
 def _layer_alignment(
     model: nn.Module, root: LayerFeedback, loss_fn: Any, x: Any, y: Any, weights: bool
 ) -> Alignment:
     parameters = {n: p for n, p in parameters_of(model).items() if p.requires_grad and weights}
-    found = []
+    found: list[list[Tensor | None]] = []
     for context in (backprop(model), nullcontext()):
         with left_as_it_was(model), context:
             each = _LayerPass(root)
             found.append(each.gradients(model, loss_fn, x, y, list(parameters.values())))
     rows = each.output.shape[:-1].numel()
-    pairs = dict(zip([*each.edges, *parameters], zip(*found, strict=True), strict=True))
-    pairs = {name: (a, b) for name, (a, b) in pairs.items() if a is not None and b is not None}
+    true, by_rule = found
+    names = [*each.edges, *parameters]
+    pairs = {
+        name: (a, b)
+        for name, a, b in zip(names, true, by_rule, strict=True)
+        if a is not None and b is not None
+    }
     points = [
         PointAlignment(name, _row_cosines(*pairs[name], rows))
         for name in each.edges
@@ -473,7 +499,7 @@ def _layer_alignment(
 # Bad input.
 
 
-def _check_arguments(model: Any, loss_fn: Any) -> None:
+def check_arguments(model: Any, loss_fn: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not callable(loss_fn):
@@ -499,118 +525,3 @@ def _check_loss(loss: Any, root: str) -> None:
         raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
     if not loss.requires_grad:
         raise ValueError(f"loss_fn must depend on the output of the {root}, and it does not")
-
-
-# Along a training run.
-
-
-class AlignmentMonitor:
-    """Measures the alignment every so many steps of a training loop, on the batch of that step.
-
-        monitor = fastdfa.AlignmentMonitor(model, nn.functional.cross_entropy, every=100)
-        for x, y in batches:
-            monitor(x, y)
-            ...
-        monitor.plot().savefig("alignment.png")
-
-    A measurement costs what `alignment` does and keeps a number for each row and point; the calls
-    between two cost nothing.
-
-    Args:
-        model, loss_fn, gated, weights: as in `alignment`.
-        every: steps from one measurement to the next; the first call is one.
-
-    Attributes:
-        history: (step, `Alignment`) of every measurement.
-
-    Raises:
-        TypeError, ValueError: for `every` that is no positive int; and as `alignment`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any, Any], Tensor],
-        every: int = 100,
-        *,
-        gated: bool = False,
-        weights: bool = False,
-    ) -> None:
-        _check_arguments(model, loss_fn)
-        if _layer_feedback_of(unwrapped(model)) is None:
-            roots_of(unwrapped(model))
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"every must be an int, got {type(every).__name__}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
-        self.model, self.loss_fn, self.every = model, loss_fn, every
-        self.options = {"gated": gated, "weights": weights}
-        self.step = 0
-        self.history: list[tuple[int, Alignment]] = []
-
-    def __call__(self, x: Any, y: Any) -> Alignment | None:
-        """Counts a step, and measures if it is one to be measured. Takes what the step takes."""
-        measured = None
-        if self.step % self.every == 0:
-            measured = alignment(self.model, self.loss_fn, x, y, **self.options)
-            self.history.append((self.step, measured))
-        self.step += 1
-        return measured
-
-    def plot(self) -> Figure:
-        """A matplotlib figure: the cosine of each point over steps, mean and standard deviation
-        over rows, and its distribution at the last measurement.
-
-        Raises:
-            ImportError: where matplotlib is not installed.
-            ValueError: before the first measurement.
-        """
-        if not self.history:
-            raise ValueError("the monitor has measured nothing yet: call it in the training loop")
-        figure = _figure(panels=2)
-        left, right = figure.subplots(1, 2)
-        self._draw_history(left)
-        draw_distribution(right, self.history[-1][1])
-        right.set_title(f"step {self.history[-1][0]}", loc="left", fontsize=10)
-        return figure
-
-    def _draw_history(self, axes: Axes) -> None:
-        names = dict.fromkeys(p.name for _, measured in self.history for p in measured.points)
-        for name, colour in zip(names, _colours(len(names)), strict=True):
-            points = [
-                (step, point.mean, point.std)
-                for step, measured in self.history
-                for point in measured.points
-                if point.name == name
-            ]
-            steps, means, deviations = torch.tensor(points, dtype=torch.float64).T.numpy()
-            axes.plot(steps, means, ".-", markersize=4, color=colour, label=name)
-            low, high = means - deviations, means + deviations
-            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.axhline(0, color="0.6", linewidth=0.8)
-        axes.set(xlabel="step", ylabel="cosine to the true gradient")
-        axes.legend(frameon=False, fontsize=9)
-
-
-def draw_distribution(axes: Axes, measured: Alignment) -> None:
-    """The distribution of the cosine over rows, of each point, into a matplotlib `Axes`."""
-    for point, colour in zip(measured.points, _colours(len(measured.points)), strict=True):
-        known = point.cosines[~point.cosines.isnan()].numpy()
-        axes.hist(known, bins=50, range=(-1, 1), histtype="step", color=colour, label=point.name)
-    axes.axvline(0, color="0.6", linewidth=0.8)
-    axes.set(xlabel="cosine to the true gradient", ylabel="rows")
-    axes.legend(frameon=False, fontsize=9)
-
-
-def _colours(number: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.85 * i / max(number - 1, 1)) for i in range(number)]
-
-
-def _figure(panels: int = 1) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plot needs matplotlib: pip install fastdfa[train]") from None
-    return Figure(figsize=(4.8 * panels, 3.6), layout="constrained")  # no window, no backend

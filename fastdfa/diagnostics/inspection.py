@@ -1,4 +1,4 @@
-"""From what every parameter learns, found by running the model: `inspect`.
+"""Finds from what every parameter learns, by running the model: `inspect`.
 
 A gradient is a sum over sources: the feedback of each point, and the true gradient. There is one
 backward pass for each source, in which that source sends NaN and every other one zero. What turns
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -19,26 +18,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..activations import Gate
 from ..dfa import DFA
-from ..engine import bypass, plan
-from ..engine.root import Root
-from ..engine.tape import Receiver, Tape
+from ..engine import bypass
+from ..engine.broadcast import Broadcast, Drawn, Product
+from ..engine.plan import Plan
+from ..engine.tape import Tape, state
 from . import table
+from .untouched import left_as_it_was, parameters_of, roots_of, unwrapped
 
 
 class Row(NamedTuple):
-    """From what one parameter learns."""
+    """Says from what one parameter learns."""
 
     name: str
     shape: tuple[int, ...]
-    points: tuple[str, ...]  # the feedback points that feed it
+    points: tuple[str, ...]  # those whose feedback it learns from
     true_gradient: bool
     frozen: bool
     zero: bool  # a gradient comes, and is zero throughout for this input
 
     @property
     def source(self) -> str:
-        """One of "feedback", "true gradient", "feedback and true gradient", "nothing"."""
+        """Returns one of "feedback", "true gradient", "feedback and true gradient", "nothing"."""
         kinds = ["feedback"] * bool(self.points) + ["true gradient"] * self.true_gradient
         return " and ".join(kinds) or "nothing"
 
@@ -51,7 +53,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found: `rows`, one for each parameter. `[name]` is one of them.
+    """Holds what `inspect` found: `rows`, one for each parameter. `[name]` is one of them.
 
     `print` shows a table, `rich.print` the same in colours.
     """
@@ -131,73 +133,91 @@ def inspect(
 
 
 class _Source(NamedTuple):
-    """What sends gradients: a point of a root or, without a name, the root's output."""
+    """Names what sends gradients: a point of a root or, without a name, the root's output."""
 
     root: DFA
     point: str | None
 
 
 class _Sources:
-    """Hooks on what the sources send; in a backward pass one of these is marked."""
+    """Holds all that sends gradients; in a backward pass one of these is marked."""
 
     def __init__(self) -> None:
         self.all: list[_Source] = []
         self.marked: int | None = None  # the one that sends NaN; None: all send what they have
 
-    @contextmanager
-    def between(self, root: DFA, prefix: str) -> Iterator[None]:
-        """Stands between a root and all that it is about to feed, and puts the hooks there."""
-        broadcast, fed = root._broadcast, root._fed
-        source_of: dict[int, int] = {}  # by the place of what receives the feedback
-
-        def hooked_broadcast(tape: Tape, y: Any) -> Any:
-            tape.in_turn = False
-            points = plan.expanded(tape.in_order())
-            places = plan.fed(points)
-            names = root._name([points[place] for place in places])
-            source_of.clear()
-            for place, name in zip(places, names, strict=True):
-                source_of[place] = self._add(root, prefix + name)
-            if isinstance(y, Tensor) and y.requires_grad:
-                self._hook(y, self._add(root, None))
-            return broadcast(tape, y)
-
-        def hooked_fed(
-            nodes: list[plan.Node], receivers: list[Receiver], y: Tensor, *pending: Any
-        ) -> Tensor:
-            aliased = list(receivers)
-            for place, source in source_of.items():
-                saved, x, *trained, fed_in_turn = receivers[place]
-                trained = [self._alias(tensor, source) for tensor in trained]
-                aliased[place] = (saved, x, *trained, fed_in_turn)
-            return fed(nodes, aliased, y, *pending)
-
-        root._broadcast, root._fed = hooked_broadcast, hooked_fed
-        root.looks_ahead = False  # layers of a chain share one node
-        try:
-            yield
-        finally:
-            del root._broadcast, root._fed, root.looks_ahead
-
-    def _add(self, root: DFA, point: str | None) -> int:
+    def add(self, root: DFA, point: str | None) -> int:
+        """Returns the number of a new source."""
         self.all.append(_Source(root, point))
         return len(self.all) - 1
 
-    def _alias(self, x: Tensor | None, source: int) -> Tensor | None:
-        """x behind a hook, for this source alone: what it sends to x may not be all that comes."""
-        if x is None or not x.requires_grad:
-            return x
-        alias = x.view_as(x)
-        self._hook(alias, source)
-        return alias
+    def send(self, source: int, gradient: Tensor) -> Tensor:
+        """Returns what a source sends in place of its gradient."""
+        if self.marked is None:
+            return gradient
+        return torch.full_like(gradient, math.nan if self.marked == source else 0.0)
 
-    def _hook(self, x: Tensor, source: int) -> None:
-        def send(grad: Tensor | None) -> Tensor | None:
-            if grad is None or self.marked is None:
-                return grad
-            return torch.full_like(grad, math.nan if self.marked == source else 0.0)
+    @contextmanager
+    def on(self, root: DFA, prefix: str) -> Iterator[None]:
+        """Makes the points and the output of a root sources, inside."""
 
-        x.register_hook(send)
+        def forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return root.run(_MarkedPass(root, self, prefix, (args, kwargs)), args, kwargs)
+
+        state.instead[root] = forward
+        try:
+            yield
+        finally:
+            del state.instead[root]
+
+
+class _MarkedPass(Tape):
+    """Makes the points and the output of a forward pass sources."""
+
+    looks_ahead = False  # layers of a segment share one node
+    root: DFA
+
+    def __init__(self, root: DFA, sources: _Sources, prefix: str, given: Any) -> None:
+        inputs = [x for x in tree_leaves(given) if isinstance(x, Tensor) and x.requires_grad]
+        super().__init__(root, inputs, root.install_tap())
+        self.sources, self.prefix = sources, prefix
+
+    def broadcast(self, plan: Plan) -> Broadcast:
+        names = [self.prefix + point.name for point in plan.layout.points]
+        numbers = [self.sources.add(self.root, name) for name in names]
+        return _MarkedBroadcast(plan.drawn, plan.products, plan.dense, self.sources, numbers)
+
+    def end(self, y: Any) -> Any:
+        if isinstance(y, Tensor) and y.requires_grad:
+            source = self.sources.add(self.root, None)
+            y.register_hook(lambda gradient: self.sources.send(source, gradient))
+        return super().end(y)
+
+
+class _MarkedBroadcast(Broadcast):
+    """Makes what sources send: behind a gate, so that none of it is lost where that is closed."""
+
+    def __init__(
+        self,
+        drawn: Drawn,
+        products: Sequence[Product],
+        dense: Sequence[Tensor | None],
+        sources: _Sources,
+        numbers: Sequence[int],
+    ) -> None:
+        super().__init__(drawn, products, dense, None, {})
+        self.sources, self.numbers = sources, numbers
+
+    def feedback(self, number: int) -> Tensor:
+        return self.sources.send(self.numbers[number], super().feedback(number))
+
+    def deltas(
+        self, numbers: Sequence[int], saved: Sequence[Tensor], gates: Sequence[Gate]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        deltas, sums = super().deltas(numbers, saved, gates)
+        sent = [self.numbers[number] for number in numbers]
+        made = [self.sources.send(k, delta) for k, delta in zip(sent, deltas, strict=True)]
+        return made, [self.sources.send(k, total) for k, total in zip(sent, sums, strict=True)]
 
 
 # Marks no source: then NaN comes from what is behind the outputs of the roots.
@@ -205,7 +225,7 @@ _BEHIND = -1
 
 
 class _Reach:
-    """Which sources reach which parameters, by one backward pass each from `outputs`."""
+    """Finds which sources reach which parameters, by one backward pass each from `outputs`."""
 
     def __init__(
         self, parameters: dict[str, nn.Parameter], outputs: list[Tensor], sources: _Sources
@@ -238,7 +258,7 @@ class _Reach:
         )
 
     def by_output(self, root: DFA) -> set[str]:
-        """What the true gradient of a root's output reaches."""
+        """Returns the names of what the true gradient of a root's output reaches."""
         pairs = zip(self.sources.all, self.reached, strict=True)
         return set().union(*(names for source, names in pairs if source == _Source(root, None)))
 
@@ -247,7 +267,7 @@ class _Reach:
         return {name for name, gradient in gradients.items() if gradient.isnan().any()}
 
     def _backward(self, marked: int | None, errors: list[Tensor]) -> dict[str, Tensor]:
-        """The gradients that come, by name."""
+        """Returns the gradients that come, by name."""
         if not self.trained:
             return {}
         self.sources.marked = marked
@@ -272,44 +292,12 @@ def _forward(
         # `inspect` says it of every model; a root says it in its first pass only.
         warnings.filterwarnings("ignore", "the true gradient of the output trains")
         for name, root in roots.items():
-            stack.enter_context(sources.between(root, f"{name}." if len(roots) > 1 else ""))
+            stack.enter_context(sources.on(root, f"{name}." if len(roots) > 1 else ""))
         return model(*args, **kwargs)
 
 
-@contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Inside, the model may run forward and backward, by itself and not compiled."""
-    tensors = [*model.parameters(), *model.buffers()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    with ExitStack() as stack:
-        gpus = {x.device.index for x in tensors if x.device.type == "cuda"}
-        stack.enter_context(torch.random.fork_rng(sorted(gpus)))
-        stack.enter_context(torch.inference_mode(False))  # enables gradients, too
-        stack.enter_context(torch.autograd.set_detect_anomaly(False))
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for module, name, buffer, before in buffers:
-                    module._buffers[name] = buffer
-                    # Compared first, as a copy counts as a modification in place.
-                    if not _equal(buffer, before):
-                        buffer.copy_(before)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(*(x if x.layout == torch.strided else x.to_dense() for x in (a, b)))
-
-
 def _begin(output: Any, loss: Callable[[Any], Any] | None) -> list[Tensor]:
-    """The tensors at which the backward pass begins."""
+    """Returns the tensors at which the backward pass begins."""
     tensors = [x for x in _tensors(output if loss is None else loss(output)) if x.requires_grad]
     scalars = [x for x in tensors if x.dim() == 0]
     return scalars if scalars and loss is None else tensors
@@ -321,37 +309,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield leaf
         elif dataclasses.is_dataclass(leaf):
             yield from _tensors(vars(leaf))
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, so that nothing is compiled, and no process waits for another."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By the names that `inspect` gives them: those of points begin inside the wrapped module."""
-    return dict((model.module if isinstance(model, Root) else model).named_parameters())
-
-
-def roots_of(model: nn.Module) -> dict[str, DFA]:
-    """The roots in a model by their names.
-
-    Raises:
-        ValueError: for a model without one, or sharded by `fully_shard`.
-    """
-    roots = {name: module for name, module in model.named_modules() if isinstance(module, DFA)}
-    if not roots:
-        raise ValueError(f"model must hold a fastdfa.DFA, got {type(model).__name__} without one")
-    sharded = [name for name, x in model.named_parameters() if type(x.data).__name__ == "DTensor"]
-    if sharded:
-        raise ValueError(f"model must not be sharded, got {sharded[0]!r}; do this before that")
-    return roots
 
 
 def _check_finite(gradients: dict[str, Tensor]) -> None:

@@ -1,433 +1,329 @@
-"""The backward of DFA: one autograd node for each group of points broadcasts the error to them."""
+"""Broadcasts the error: from e [M, C], at the output, to the feedback of every point.
+
+The root begins it in each backward pass; then every node that has been announced a feedback asks
+here for its own, when autograd comes to it. So a delta lives no longer than its node needs it.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
-from torch.autograd.function import once_differentiable
 
 from .. import ops, signals
-from ..activations import IDENTITY
+from ..activations import IDENTITY, Gate
 from ..projectors import Projected, Projector
 from ..signals import Signal
-from .fused import as_matrix
-from .tape import Affine, Chain, Fed
 
-# Up to here a projection is made as fast as memory takes it, and anew for each point that is fed in
-# turn: one that is kept for the next adds to the peak of a step (16.2 MiB against backprop's 13.5
-# at a GCN of four layers, 2708 x 256).
-_FEW_CLASSES = 16
+# Up to here a projection is made as fast as memory takes it, and anew for each token that receives
+# it; one that is kept for the next adds to the peak of a step (16.2 MiB against backprop's 13.5 at
+# a GCN of four layers, 2708 x 256). A small one is kept all the same: it lies in the cache.
+FEW_CLASSES = 16
+SMALL_BYTES = 2**20
 
 
-class Target(NamedTuple):
-    """One product to make: d = scale (e B) * f'. The kind is IDENTITY where autograd gates."""
+def as_matrix(x: Tensor) -> Tensor:
+    """Returns [*rows, n] as [M, n]."""
+    if x.dim() == 2:  # flatten would take 2 us to return x itself
+        return x
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
-    kind: int
-    param: float
+
+_NO_GATE = Gate(IDENTITY)
+
+
+class Product(NamedTuple):
+    """Describes the product to make for a point: scale (e B), times f' where `gate` is fused into
+    it."""
+
+    gate: Gate | None
     scale: float
     stream: int
     features: int
-    channels_last: tuple[int, ...] = ()  # sizes (C, *S) of a point that lies as [*S, C] in memory
+    order: tuple[int, ...]  # sizes (C, *S) of a point that lies as [*S, C] in memory
+    dtype: torch.dtype
+    device: torch.device
 
     def shaped(self, product: Tensor, shape: torch.Size) -> Tensor:
-        """The matrix d as a tensor of the point's shape, and in its memory format."""
-        if not self.channels_last:
+        """Returns the matrix as a tensor of the point's shape, and in its memory format."""
+        if not self.order:
             return product.view(shape)
-        channels, *positions = self.channels_last
+        channels, *positions = self.order
         return product.view(-1, *positions, channels).movedim(-1, 1)
 
 
-class Group(NamedTuple):
-    """The points that one node feeds: on one device, of one dtype.
+class Drawn(NamedTuple):
+    """Says how B is generated where it is not kept, and how the error is reduced."""
 
-    Tokens that agree in stream, scale and features receive the same projection, made once.
-    """
-
-    fused: tuple[Target, ...]
-    affine: tuple[Affine, ...]  # of each fused layer
-    projections: tuple[Target, ...]
-    token_projection: tuple[int, ...]  # for each token, an index into `projections`
-    dtype: torch.dtype
-    device: torch.device
     seed: int
     distribution: str
     shared: bool
     sum_error: bool
-    allow_tf32: bool
-    dense: int  # how many dense matrices come with it: one if shared, one a target, or none
     projected: bool  # whether what is sent is projected already, by a projector
 
 
-class Broadcast(torch.autograd.Function):
-    """Passes the output y through; in backward feeds the error to a group of points.
-
-    The tensors after y: the dense matrices; of every fused layer saved, input, weight, bias; the
-    tokens. A fused layer gets its weight and bias gradients here, so that its delta lives no
-    longer than the group; a token gets the projection.
-    """
-
-    @staticmethod
-    def forward(ctx, group: Group, y: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.group = group
-        ctx.count = len(tensors)
-        split = group.dense + 4 * len(group.fused)
-        layers = tensors[group.dense : split]
-        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in layers[3::4]]
-        # The tokens hold no memory: they tell the shapes.
-        ctx.save_for_backward(
-            *tensors[: group.dense], *layers[0::4], *layers[1::4], *tensors[split:]
-        )
-        return y.view_as(y)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, error: Tensor | None):
-        if error is None:
-            return None, None, *[None] * ctx.count
-        group, tensors = ctx.group, ctx.saved_tensors
-        first, layers = group.dense, len(group.fused)
-        saved = tensors[first : first + layers]
-        inputs = tensors[first + layers : first + 2 * layers]
-        tokens = tensors[first + 2 * layers :]
-        e = as_matrix(error)
-        # The identity's gate reads nothing: an expanded scalar gives shape and dtype.
-        blank = e.new_empty((), dtype=group.dtype)
-        made, bias_sums = products(
-            group,
-            e,
-            tensors[:first],
-            group.fused + group.projections,
-            [affine.matrix(h, h) for affine, h in zip(group.affine, saved, strict=True)]
-            + [blank.expand(e.shape[0], target.features) for target in group.projections],
-        )
-        grads: list[Tensor | None] = [None] * first
-        needs = ctx.needs_input_grad[2 + first :]
-        weight_grads = _weight_gradients(group.affine, made, saved, inputs, needs[2::4])
-        for layer, (affine, h, dtype) in enumerate(
-            zip(group.affine, saved, ctx.bias_dtypes, strict=True)
-        ):
-            bias_grad = None
-            if needs[4 * layer + 3]:
-                bias_grad = affine.bias_gradient(bias_sums[layer], h).to(dtype)
-            grads += [None, None, weight_grads[layer], bias_grad]
-        for token, index in zip(tokens, group.token_projection, strict=True):
-            grads.append(group.projections[index].shaped(made[layers + index], token.shape))
-        return None, error, *grads
-
-
-def _weight_gradients(
-    maps: Sequence[Affine],
-    deltas: list[Tensor],
-    saved: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Of each layer that needs one; of those that have one map together."""
-    grads: list[Tensor | None] = [None] * len(maps)
-    for affine in dict.fromkeys(maps):
-        layers = [i for i, each in enumerate(maps) if each == affine and needed[i]]
-        columns = ([values[layer] for layer in layers] for values in (deltas, saved, inputs))
-        for layer, grad in zip(layers, affine.weight_gradients(*columns), strict=True):
-            grads[layer] = grad
-    return grads
-
-
-class BroadcastInTurn(torch.autograd.Function):
-    """As `Broadcast`, but every point is fed when autograd comes to it.
-
-    Nodes at the output run before all that is below, so `Broadcast` would make every projection
-    while all activations are still there. Not traced: a hook of the node that receives a feedback
-    makes it, from what this node has left behind.
-
-    The tensors after y: the dense matrices; of every point the token, or the output of a layer
-    that gates its own feedback.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        group: Group,
-        fed: list[Fed | None],
-        pending: Pending | None,
-        y: Tensor,
-        *tensors: Tensor,
-    ) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.feedback = _InTurn(group, tensors[: group.dense], pending)
-        receivers = tensors[group.dense :]
-        ctx.shapes = [receiver.shape for receiver in receivers]
-        for receiver, index, layer in zip(receivers, group.token_projection, fed, strict=True):
-            hook = partial(ctx.feedback.feed, index, layer, receiver.output_nr)
-            receiver.grad_fn.register_prehook(hook)
-        return y.view_as(y)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, error: Tensor | None):
-        grads: list[Tensor | None] = [None] * (ctx.feedback.group.dense + len(ctx.shapes))
-        if error is not None:
-            blank = ctx.feedback.begin(error)
-            grads[ctx.feedback.group.dense :] = [blank.expand(shape) for shape in ctx.shapes]
-        return None, None, None, error, *grads
-
-
-def announce(y: Tensor, chains: list[tuple[Chain, Group, list[Tensor]]]) -> Tensor:
-    """y, whose error is left in backward with chains, which make the feedback of their layers."""
-    announced = _Announced()
-    for chain, group, dense in chains:
-        chain.fed.append(ChainFeedback(group, dense, announced))
-    return _Announce.apply(announced, y, *[chain.token for chain, _, _ in chains])
-
-
-class _Announce(torch.autograd.Function):
-    """Passes the output y through; behind it the tokens of chains."""
-
-    @staticmethod
-    def forward(ctx, announced: _Announced, y: Tensor, *tokens: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.announced, ctx.dtypes = announced, [token.dtype for token in tokens]
-        return y.view_as(y)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, error: Tensor | None):
-        if error is None:
-            return None, None, *[None] * len(ctx.dtypes)
-        ctx.announced.begin(error)
-        return None, error, *[error.new_zeros((), dtype=dtype) for dtype in ctx.dtypes]
-
-
-class _Announced:
-    """The error of one backward pass, until its end."""
-
-    error: Tensor | None = None
-
-    def begin(self, error: Tensor) -> None:
-        self.error = as_matrix(error.detach())
-        Variable._execution_engine.queue_callback(self.end)
-
-    def end(self) -> None:
-        self.error = None
-
-
-class ChainFeedback(NamedTuple):
-    """What makes the feedback of the layers of a chain, the first len(group.fused) of them."""
-
-    group: Group
-    dense: list[Tensor]
-    announced: _Announced
-
-    @property
-    def projection(self) -> tuple[Group, list[Tensor], Tensor]:
-        """See `chain.Projection`, in a backward pass."""
-        return self.group, self.dense, self.announced.error
-
-
-class _InTurn:
-    """The feedback of one backward pass, made point by point; what several share, once."""
-
-    def __init__(self, group: Group, dense: tuple[Tensor, ...], pending: Pending | None) -> None:
-        self.group = group
-        self.dense = dense
-        self.pending = pending
-        self.end()
-
-    def begin(self, error: Tensor) -> Tensor:
-        """Keeps the error until the end of the backward pass; returns what announces a feedback."""
-        self.error = as_matrix(error.detach())  # a blank where it is pending
-        self.blank = error.new_zeros((), dtype=self.group.dtype)
-        self.left = Counter(self.group.token_projection)
-        Variable._execution_engine.queue_callback(self.end)
-        return self.blank
-
-    def end(self) -> None:
-        self.error = self.blank = None
-        if self.pending is not None:
-            self.pending.projected = None
-        self.shared: dict[int, Tensor] = {}
-
-    def feed(
-        self, index: int, layer: Fed | None, output: int, gradients: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor | None, ...] | None:
-        """Hook of the node an output of which receives a feedback, maybe among other gradients."""
-        gradient = gradients[output]
-        if self.error is None or gradient is None:
-            return None
-        # A gradient to be differentiated again is one too: it leads to the error that refuses this.
-        announced = gradient.data_ptr() == self.blank.data_ptr() and not gradient.requires_grad
-        if announced and layer is not None:
-            layer.append(partial(self._make, index))
-            return None
-        target = self.group.projections[index]
-        product = target.shaped(self._projection(index), gradient.shape)
-        fed = product if announced else gradient + product
-        return (*gradients[:output], fed, *gradients[output + 1 :])
-
-    def _projection(self, index: int) -> Tensor:
-        self.left[index] -= 1
-        product = self.shared.pop(index, None)
-        if product is None:
-            blank = self.blank.expand(len(self.error), self.group.projections[index].features)
-            product, _ = self._make(index, blank, IDENTITY)
-        if self.left[index] and self.error.shape[1] > _FEW_CLASSES:
-            self.shared[index] = product
-        return product
-
-    def _make(self, index: int, saved: Tensor, kind: int | None = None) -> tuple[Tensor, Tensor]:
-        """delta [M, n] and its sums [n], gated by what is saved, [M, n]."""
-        target = self.group.projections[index]
-        target = target if kind is None else target._replace(kind=kind)
-        dense = self.dense[index : index + 1] if len(self.dense) > 1 else self.dense
-        error = self.error if self.pending is None else self.pending.projected.tensor()
-        (delta,), (sums,) = products(self.group, error, dense, [target], [saved])
-        return delta, sums
-
-
-class Pending:
-    """What a projector makes for one backward pass, waited for where a point is fed first."""
-
-    projected: Projected | None = None
-
-
 class Sender(NamedTuple):
-    """What is projected in place of an error: a signal of it, times Q where B = Q P; or what a
-    projector makes of that.
-
-    Then the nodes that feed points stand at a carrier, a blank [M, columns], not at the output.
-    """
+    """Makes what is projected in place of an error: a signal of it, times Q where B = Q P; or what
+    a projector makes of that."""
 
     signal: Signal
     low: Tensor | None  # Q [columns of the signal, rank]
-    target: Tensor | None
+    target: Tensor | None  # [M, C]
     projector: Projector | None
     widest: int  # features of a point
-    pending: Pending | None = None  # where the nodes wait for the projector
 
-    def of(self, error: Tensor, output: Tensor | None) -> Tensor:
-        """[M, columns] of an error and an output, [*rows, C], and of `target`, [M, C]."""
-        made = self._unprojected(error, output)
-        return made if self.projector is None else self._projected(made).tensor()
-
-    def begin(self, error: Tensor, output: Tensor | None) -> Tensor:
-        """The same where nothing is pending; else a blank, and the projector is at work."""
-        if self.pending is None:
-            return self.of(error, output)
-        made = self._unprojected(error, output)
-        self.pending.projected = self._projected(made)
-        return made.new_zeros(()).expand(len(made), self.widest)
-
-    def _unprojected(self, error: Tensor, output: Tensor | None) -> Tensor:
+    def of(self, error: Tensor, output: Tensor | None) -> Tensor | Projected:
+        """Returns [M, columns], maybe as a future, of an error and an output, [*rows, C]."""
         output = None if output is None else as_matrix(output)
         made = signals.made(self.signal, as_matrix(error), output, self.target)
         if self.low is None and self.projector is None:
             return made
         made = made.to(torch.promote_types(made.dtype, torch.float32))
-        return made if self.low is None else made @ self.low.to(made.dtype)
-
-    def _projected(self, made: Tensor) -> Projected:
+        made = made if self.low is None else made @ self.low.to(made.dtype)
+        if self.projector is None:
+            return made
         return Projected(self.projector, made.detach(), self.widest)
 
     def checked(self, output: Tensor) -> Sender:
-        """With the target as the rows that belong to this output; an error if it does not fit."""
+        """Returns the same with the target as the rows that belong to this output.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: where there is none, or it does not fit.
+        """
         if not self.signal.needs_target and self.target is None:
             return self
         reader = f"the signal {type(self.signal).__name__}"
         return self._replace(target=signals.given(self.target, output, reader))
 
-    def carrier(self, output: Tensor) -> Tensor:
-        columns = self.signal.columns(output.shape[-1])
-        if self.projector is not None:
-            columns = self.widest
-        elif self.low is not None:
-            columns = self.low.shape[1]
-        dtype = torch.promote_types(output.dtype, torch.float32)
-        return output.new_empty((), dtype=dtype).expand(output.shape[:-1].numel(), columns)
 
-    def joined(self, y: Tensor, carrier: Tensor) -> Tensor:
-        """y, whose error goes on to it, and what is projected to the carrier."""
-        output = y if self.signal.needs_output else None
-        without = self._replace(low=None, target=None)
-        return _Signalled.apply(without, y, carrier, output, self.low, self.target)
+class Alike(NamedTuple):
+    """Says which products agree, but for their gates."""
 
+    first: list[int]  # of every product the first that it agrees with
+    counts: list[int]  # of these, how many tokens receive it
 
-class _Signalled(torch.autograd.Function):
-    """Passes y through; in backward makes what is projected of the error, for the carrier."""
-
-    @staticmethod
-    def forward(ctx, sender: Sender, y: Tensor, carrier: Tensor, output, low, target) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.sender = sender
-        ctx.save_for_backward(output, low, target)
-        return y.view_as(y)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, error: Tensor | None):
-        if error is None:
-            return (None,) * 6
-        output, low, target = ctx.saved_tensors
-        sender = ctx.sender._replace(low=low, target=target)
-        return None, error, sender.begin(error, output), None, None, None
+    @classmethod
+    def of(cls, products: Sequence[Product]) -> Alike:
+        """Returns which of these products agree."""
+        seen: dict[Product, int] = {}
+        first, counts = [], [0] * len(products)
+        for number, product in enumerate(products):
+            first.append(seen.setdefault(product._replace(gate=None), number))
+            counts[first[-1]] += product.gate is None
+        return cls(first, counts)
 
 
-class Send(torch.autograd.Function):
-    """Passes y through; in backward copies the error to another device, once for all groups there.
+class Call(NamedTuple):
+    """Holds the products of one call of `project_gate`: its arguments beside the error and what the
+    gates read."""
 
-    `there` is what those groups passed through: it stands for y on their device.
+    products: Sequence[Product]
+    gated: bool  # whether every gate is fused
+    matrices: list[Tensor]
+    kinds: list[int]
+    params: list[float]
+    scales: list[float]
+    streams: list[int]
+    allow_tf32: bool
+
+    @classmethod
+    def of(cls, drawn: Drawn, products: Sequence[Product], dense: Sequence[Tensor | None]) -> Call:
+        """Returns the call for products, of which each has its B, or None where one is generated.
+
+        One matrix where all have the same; none where one is generated, as all are then.
+        """
+        gates = [product.gate or _NO_GATE for product in products]
+        matrices = [matrix for matrix in dense if matrix is not None]
+        if len(matrices) < len(products):
+            matrices = []
+        elif all(matrix is matrices[0] for matrix in matrices):
+            matrices = matrices[:1]
+        return cls(
+            products,
+            all(product.gate is not None for product in products),
+            matrices,
+            [gate.kind for gate in gates],
+            [gate.param for gate in gates],
+            [product.scale for product in products],
+            [product.stream for product in (products[:1] if drawn.shared else products)],
+            ops.allow_tf32(products[0].device, products[0].dtype),
+        )
+
+
+class Broadcast:
+    """Makes the feedback of the points of one forward pass, in each backward pass through it.
+
+    Args:
+        drawn: how B is generated, and the error reduced.
+        products: of every point by its number.
+        dense: the B of every point by its number; None where it is generated, or a projector's.
+        alike: which products agree; None where none is shared.
+        calls: by the numbers of points, the calls that have been made for them: these are the same
+            in every pass of one plan.
+
+    Attributes:
+        sent: what is projected, [M, columns], while a backward pass is under way.
     """
 
-    @staticmethod
-    def forward(ctx, y: Tensor, there: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.device = there.device
-        return y.view_as(y)
+    def __init__(
+        self,
+        drawn: Drawn,
+        products: Sequence[Product],
+        dense: Sequence[Tensor | None],
+        alike: Alike | None,
+        calls: dict[tuple[int, ...], Call],
+    ) -> None:
+        self.drawn, self.products, self.dense = drawn, products, dense
+        self.alike, self._calls = alike, calls
+        self.sent: Any = None  # a tensor or a `Projected`
+        self.end()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, error: Tensor | None):
-        return error, None if error is None else error.to(ctx.device)
+    def begin(self, sent: Tensor | Projected) -> None:
+        """Keeps what is projected until the end of the backward pass that runs."""
+        self.sent = sent
+        Variable._execution_engine.queue_callback(self.end)
+
+    def send(self, sent: Tensor | Projected) -> None:
+        """Keeps what is projected until `end`."""
+        self.sent = sent
+
+    def end(self) -> None:
+        """Lets go of all that belongs to a backward pass."""
+        self.sent = None
+        self._shared: dict[int, Tensor] | None = None  # made, and waited for by other points
+        self._left: list[int] | None = None  # how many wait for each
+        self._copies: dict[torch.device, Tensor] | None = None
+
+    def deltas(
+        self, numbers: Sequence[int], saved: Sequence[Tensor], gates: Sequence[Gate]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns delta_l [M, n_l] of points with these numbers, and its sum over rows [n_l].
+
+        Args:
+            saved: what the gates read, [M, n_l] each.
+            gates: of the stages whose outputs the points are.
+        """
+        call = self._call(tuple(numbers))
+        if call.gated:
+            return make(self.drawn, self.sent_on(call.products[0].device), call, saved)
+        pairs = [
+            ops.gate(self.feedback(number).view(h.shape), h, *gate)
+            for number, h, gate in zip(numbers, saved, gates, strict=True)
+        ]
+        return [delta for delta, _ in pairs], [sums for _, sums in pairs]
+
+    def feedback(self, number: int) -> Tensor:
+        """Returns s e B_l [M, n_l] of a point, without a gate; shared by points that agree, where
+        it takes long to make."""
+        product = self.products[number]
+        sent = self.sent_on(product.device)
+        size = sent.shape[0] * product.features * product.dtype.itemsize
+        cheap = sent.shape[1] <= FEW_CLASSES and size > SMALL_BYTES
+        if self.alike is None or cheap:
+            return self._without_gate(number, sent)
+        if self._left is None or self._shared is None:
+            self._left, self._shared = list(self.alike.counts), {}
+        first = self.alike.first[number]
+        made = self._shared.pop(first, None)
+        made = self._without_gate(number, sent) if made is None else made
+        self._left[first] -= 1
+        if self._left[first] > 0:
+            self._shared[first] = made
+        return made
+
+    def _without_gate(self, number: int, sent: Tensor) -> Tensor:
+        call = self._call((number,))
+        if call.gated:
+            call = call._replace(kinds=[IDENTITY])
+        product = call.products[0]
+        # The identity reads nothing: an expanded scalar gives shape and dtype.
+        blank = sent.new_empty((), dtype=product.dtype).expand(sent.shape[0], product.features)
+        (made,), _ = make(self.drawn, sent, call, [blank])
+        return made
+
+    def sent_on(self, device: torch.device) -> Tensor:
+        """Returns what is projected, on a device; copied to each device once."""
+        sent: Tensor | Projected = self.sent
+        if not isinstance(sent, Tensor):
+            sent = self.sent = sent.tensor()
+        if sent.device == device:
+            return sent
+        if self._copies is None:
+            self._copies = {}
+        if device not in self._copies:
+            self._copies[device] = sent.to(device)
+        return self._copies[device]
+
+    def _call(self, numbers: tuple[int, ...]) -> Call:
+        call = self._calls.get(numbers)
+        if call is None:
+            products = [self.products[number] for number in numbers]
+            call = Call.of(self.drawn, products, [self.dense[number] for number in numbers])
+            self._calls[numbers] = call
+        return call
 
 
-def products(
-    group: Group,
-    e: Tensor,
-    dense: Sequence[Tensor],
-    targets: Sequence[Target],
-    saved: Sequence[Tensor],
+class Receiver:
+    """Tells a node, in backward, what makes the feedback of its points.
+
+    Filled at the end of the forward pass, when the root knows all points.
+    """
+
+    __slots__ = ("broadcast", "numbers")
+
+    def __init__(self) -> None:
+        self.broadcast: Any = None  # a `Broadcast`, before any backward pass
+        self.numbers: list[int | None] = []  # of the points, by the places of a run's outputs
+
+    def set(self, broadcast: Broadcast, number: int, place: int = 0) -> None:
+        """Says that the output at `place` is the point of this number."""
+        self.broadcast = broadcast
+        self.numbers += [None] * (place + 1 - len(self.numbers))
+        self.numbers[place] = number
+
+    def numbers_of(self, first: int, last: int) -> list[int | None]:
+        """Returns the numbers of the outputs from `first` to before `last`; None of no point."""
+        found = self.numbers[first:last]
+        return found + [None] * (last - first - len(found))
+
+
+def make(
+    drawn: Drawn, sent: Tensor, call: Call, saved: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The products [M, n_l] of e [M, C] for some targets of a group, and their sums over rows."""
-    if group.projected:
-        return _gated(e, targets, saved, len(e) if group.sum_error else 1)
+    """Returns the products [M, n_l] of what is sent, and their sums over rows, by one call.
+
+    Args:
+        saved: what the gates read; where there is none, of the shape and dtype of the product.
+    """
+    if drawn.projected:
+        return _gated_columns(drawn, sent, call, saved)
     return ops.project_gate(
-        e,
-        dense,
+        sent,
+        call.matrices,
         saved,
-        [target.kind for target in targets],
-        [target.param for target in targets],
-        [target.scale for target in targets],
-        sum_error=group.sum_error,
-        seed=group.seed,
-        streams=[target.stream for target in (targets[:1] if group.shared else targets)],
-        distribution=group.distribution,
-        allow_tf32=group.allow_tf32,
+        call.kinds,
+        call.params,
+        call.scales,
+        sum_error=drawn.sum_error,
+        seed=drawn.seed,
+        streams=call.streams,
+        distribution=drawn.distribution,
+        allow_tf32=call.allow_tf32,
     )
 
 
-def _gated(
-    projected: Tensor, targets: Sequence[Target], saved: Sequence[Tensor], factor: int
+def _gated_columns(
+    drawn: Drawn, projected: Tensor, call: Call, saved: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The same of what is projected, [M, >= n_l], of which every target takes its columns."""
+    """Returns the same of what a projector made, [M, >= n_l], of which each takes its columns."""
+    factor = len(projected) if drawn.sum_error else 1
     deltas, sums = [], []
-    for target, h in zip(targets, saved, strict=True):
-        feedback = projected[:, : target.features] * (factor * target.scale)
-        delta, total = ops.gate(feedback.to(h.dtype), h, target.kind, target.param)
+    for product, kind, param, h in zip(call.products, call.kinds, call.params, saved, strict=True):
+        feedback = projected[:, : product.features] * (factor * product.scale)
+        delta, total = ops.gate(feedback.to(h.dtype), h, kind, param)
         deltas.append(delta)
         sums.append(total)
     return deltas, sums

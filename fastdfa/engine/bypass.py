@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from ..activations import KINDS
-from ..nn.conv import Conv1d, Conv2d
-from ..nn.linear import Linear
-from .chain import functions_behind, separate
-from .tape import Edge, Point, Tape
+from .layers import CutLayer
+from .nodes import Edge, GateNode, SegmentNode
+from .plan import AnyPoint
+from .tape import Tape, TrainedRoot
 
-if TYPE_CHECKING:
-    from ..dfa import DFA
-
+# The classes of the nodes themselves, which torch makes and has no types of.
+_SEGMENT_NODE: Any = SegmentNode._backward_cls
+_GATE_NODE: Any = GateNode._backward_cls
 _SQUASHED = ("LogSoftmax", "Softmax", "Sigmoid", "LogSigmoid")
 
 
-def check(root: DFA, tape: Tape, points: list[Point], names: list[str], y: Tensor) -> None:
+def check(
+    root: TrainedRoot, tape: Tape, points: Sequence[AnyPoint], names: Sequence[str], y: Tensor
+) -> None:
     """Raises where a path leads round a cut; warns of what else would train unlike DFA.
 
     Raises:
-        RuntimeError: naming both ends of a path that reaches a point, or what feeds a point,
+        RuntimeError: naming both ends of a path that reaches a point, or what is before it,
             from a later one or from the output without passing a cut; or where layers hide in a
             reentrant checkpoint, which runs them without a graph and later without a tape.
     """
@@ -41,13 +44,13 @@ def check(root: DFA, tape: Tape, points: list[Point], names: list[str], y: Tenso
 
 
 class _Regions:
-    """Which nodes each point, and at last the output, reaches backward without passing a cut.
+    """Finds which nodes each point, and at last the output, reaches without passing a cut.
 
     By sources: point k, then the output as number len(points). A region ends at the parameters
     and at the inputs of the root.
     """
 
-    def __init__(self, tape: Tape, points: list[Point], y: Tensor) -> None:
+    def __init__(self, tape: Tape, points: Sequence[AnyPoint], y: Tensor) -> None:
         self.edges: list[Edge] = [(point.edge.node, point.edge.output_nr) for point in points]
         self.readers = _readers(tape, points)
         self.stops = {_edge(x) for x in tape.inputs}
@@ -59,27 +62,28 @@ class _Regions:
 
     def _walk(self, start: Edge, parameters: list[Tensor]) -> set[Edge]:
         seen: set[Edge] = set()
-        waiting = [start]
+        waiting: list[tuple[Node | None, int]] = [start]
         while waiting:
-            edge = waiting.pop()
-            if edge[0] is None or edge in seen or edge in self.stops:
+            node, output = waiting.pop()
+            if node is None or (node, output) in seen or (node, output) in self.stops:
                 continue
-            if edge[0].name() == "CompiledFunctionBackward":
+            edge = node, output
+            if node.name() == "CompiledFunctionBackward":
                 continue  # one node for all of a compiled block: its edges tell no paths
-            leaf = _leaf(edge[0])
+            leaf = _leaf(node)
             if leaf is not None:
                 parameters.append(leaf)
                 continue
             seen.add(edge)
-            waiting += functions_behind(edge)
+            waiting += _edges_behind(edge)
         return seen
 
     def parts(self, source: int) -> set[Node | Edge]:
-        """What a source reaches, by nodes; of the node of a chain by its layers."""
-        return {separate(edge) for edge in self.reached[source]}
+        """Returns the nodes that a source reaches; of a segment's node the outputs."""
+        return {_separate(edge) for edge in self.reached[source]}
 
     def follows(self, later: int, earlier: int) -> bool:
-        """Whether a source is computed, through cuts, from what reads point `earlier`."""
+        """Tells whether a source is computed, through cuts, from what reads point `earlier`."""
         if earlier not in self.readers:
             return True  # a FeedbackPoint leaves no trace behind its cut: assume it
         waiting, seen = [later], set()
@@ -97,14 +101,15 @@ class _Regions:
 
 
 def _leaf(node: Node) -> Tensor | None:
-    """The parameter or other leaf at a node. A cast of one is one: autocast keeps it, so that a
-    layer which is called twice reads the same, and no feedback passes there."""
+    """Returns the parameter or other leaf at a node. A cast of one is one: autocast keeps it, so
+    that a layer which is called twice reads the same, and no feedback passes there."""
     if node.name() == "ToCopyBackward0" and node.next_functions[0][0] is not None:
         node = node.next_functions[0][0]
-    return getattr(node, "variable", None)
+    leaf: Tensor | None = getattr(node, "variable", None)
+    return leaf
 
 
-def _check_bypass(regions: _Regions, names: list[str]) -> None:
+def _check_bypass(regions: _Regions, names: Sequence[str]) -> None:
     points = {edge: point for point, edge in enumerate(regions.edges)}
     owners: dict[Node | Edge, list[int]] = {}
     for source, reached in enumerate(regions.reached):
@@ -144,25 +149,51 @@ def _edge(x: Tensor) -> Edge:
     return edge.node, edge.output_nr
 
 
-def _readers(tape: Tape, points: list[Point]) -> dict[int, set[Node | Edge]]:
-    """For each point that layers read: what made their outputs."""
+def _readers(tape: Tape, points: Sequence[AnyPoint]) -> dict[int, set[Node | Edge]]:
+    """Returns, for each point that layers read, the nodes of their outputs."""
     index = {id(point.tensor): number for number, point in enumerate(points)}
     readers: dict[int, set[Node | Edge]] = {}
-    for x, edge in tape.reads():
+    for x, edge in [*tape.readers, *_read_ahead(tape)]:
         if id(x) in index:
-            readers.setdefault(index[id(x)], set()).add(separate(edge))
+            found = readers.setdefault(index[id(x)], set())
+            found.update([] if edge is None else [_separate(edge)])
     return readers
 
 
-def warn_above_the_last_point(root: DFA, parameters: Iterable[Tensor], stacklevel: int = 4) -> None:
-    """Only the head should train by the true gradient of the output, or several side by side.
+def _read_ahead(tape: Tape) -> list[tuple[Tensor, Edge]]:
+    """Returns the outputs that layers computed ahead have read, and what they made of each."""
+    runs = [run for run, place in tape.made.values() if place == 0]
+    pairs = [pair for run in runs for pair in pairwise(run.outputs[: run.called])]
+    return [(x, _edge(h)) for x, h in pairs]
+
+
+def _separate(edge: Edge) -> Node | Edge:
+    """Returns what stands for an edge where paths are compared: the node, of a segment one of its
+    outputs."""
+    return edge if isinstance(edge[0], _SEGMENT_NODE) else edge[0]
+
+
+def _edges_behind(edge: Edge) -> tuple[tuple[Node | None, int], ...]:
+    """Returns the edges that lead on from an edge."""
+    node, output = edge
+    if isinstance(node, _SEGMENT_NODE):
+        return SegmentNode.edges_behind(node, output)
+    return node.next_functions
+
+
+def warn_above_the_last_point(
+    root: TrainedRoot, parameters: Iterable[Tensor], stacklevel: int = 4
+) -> None:
+    """Warns where more than the head trains by the true gradient, or several heads side by side.
 
     Layers that cut their input are side by side: each ends the path from the output.
     """
+    if root.cut_at is not None:  # chosen so
+        return
     trained = {id(parameter) for parameter in parameters}
     owners, others = [], 0
     for name, module in root.module.named_modules():
-        cuts = isinstance(module, (Linear, Conv1d, Conv2d))
+        cuts = isinstance(module, CutLayer)
         owned = trained & {id(parameter) for parameter in module.parameters(recurse=cuts)}
         if owned:
             owners.append(name or type(module).__name__)
@@ -178,9 +209,9 @@ def warn_above_the_last_point(root: DFA, parameters: Iterable[Tensor], stackleve
         )
 
 
-def _warn_output_is_a_point(points: list[Point], names: list[str], y: Tensor) -> None:
+def _warn_output_is_a_point(points: Sequence[AnyPoint], names: Sequence[str], y: Tensor) -> None:
     for point, name in zip(points, names, strict=True):
-        if not y.requires_grad and torch._C._is_alias_of(point.tensor, y):
+        if not y.requires_grad and torch._C._is_alias_of(point.tensor, y):  # type: ignore[attr-defined]  # no stub
             warnings.warn(
                 f"the output is itself the feedback point {name!r}, so that what is before it "
                 "learns from feedback and nothing from the true gradient: leave that point out",
@@ -188,13 +219,14 @@ def _warn_output_is_a_point(points: list[Point], names: list[str], y: Tensor) ->
             )
 
 
-def _warn_squashed_output(root: DFA, y: Tensor) -> None:
-    """There e is the constant -onehot/M under a log-likelihood (MNIST: 91.5 against 96.4%)."""
+def _warn_squashed_output(root: TrainedRoot, y: Tensor) -> None:
+    """Warns of a poor error: e is the constant -onehot/M there under a log-likelihood (MNIST: 91.5
+    against 96.4%)."""
     if y.grad_fn is None:
         return
     name = type(y.grad_fn).__name__.removesuffix("Backward0")
     inside = ""
-    if getattr(y.grad_fn, "gate", (None,))[0] == KINDS.index("sigmoid"):
+    if _ends_in_sigmoid(y.grad_fn):
         name, inside = "Sigmoid", " after making the activation a module of its own"
     if name not in _SQUASHED:
         return
@@ -206,14 +238,24 @@ def _warn_squashed_output(root: DFA, y: Tensor) -> None:
     )
 
 
-def _producer(module: nn.Module, node: Node) -> str | None:
-    """The name of the module whose parameter is nearest below a node."""
-    waiting = [node]
+def _ends_in_sigmoid(node: Any) -> bool:
+    if isinstance(node, _GATE_NODE):
+        return bool(node.gate.kind == KINDS.index("sigmoid"))
+    if isinstance(node, _SEGMENT_NODE):
+        return bool(node.segment.stages[-1].gate.kind == KINDS.index("sigmoid"))
+    return False
+
+
+def _producer(module: nn.Module, below: Node) -> str | None:
+    """Returns the name of the module whose parameter is nearest below a node."""
+    waiting = [below]
     while waiting:
         node = waiting.pop(0)
-        if hasattr(node, "variable"):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            name: str
             for name, inner in module.named_modules():
-                if any(node.variable is p for p in inner.parameters(recurse=False)):
+                if any(leaf is p for p in inner.parameters(recurse=False)):
                     return name
         waiting += [after for after, _ in node.next_functions if after is not None]
     return None

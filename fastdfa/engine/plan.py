@@ -1,238 +1,150 @@
-"""From the points of one forward pass to the groups that one backward node feeds each."""
+"""Plans the products by which the points of a forward pass receive their feedback."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from math import prod
 from operator import index
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..activations import IDENTITY
-from .broadcast import Group, Target
-from .tape import Affine, Chain, LayerRecord, Point, Receiver
-
-if TYPE_CHECKING:
-    from ..dfa import Layout
-
-# Outside chains the deltas of one group of layers exist at a time: of one layer, or of as many as
-# fit in this. At its peak backprop holds two gradients of a layer's size. And deltas this small are
-# still in the cache for the weight gradients; on CUDA in the L2 cache, 40 MB on an A100 and 50 MB
-# on an H100 (predicted).
-WORKSPACE_BYTES = {"cpu": 4 * 2**20, "cuda": 32 * 2**20}
-
-# The same within a chain, whose node frees its activations as it goes down: with 4 MiB a step of
-# 8x512, batch 256, peaked at 17.3 MiB on the CPU, backprop's at 9.1.
-CHAIN_DELTA_BYTES = {"cpu": 2**20, "cuda": 32 * 2**20}
-# From so many classes on, a product e B that several layers share is worth the memory.
-_MANY_CLASSES = 64
+from ..feedback.bank import Bank, Layout, Settled, Size
+from .broadcast import Alike, Broadcast, Call, Drawn, Product
+from .nodes import spread
+from .tape import Point
 
 
-class Feed(NamedTuple):
-    """A product to make, and what takes it: a point by its place among the receivers."""
-
-    target: Target
-    place: int
-    affine: Affine | None  # of the layer whose gate is fused; None: an output or a token takes it
+class AnyPoint(Protocol):
+    """Says what plans and checks ask of a feedback point: a `Point`, or what stands for one."""
 
     @property
-    def fused(self) -> bool:
-        return self.affine is not None
+    def layer(self) -> nn.Module: ...
 
+    @property
+    def tensor(self) -> Tensor: ...
 
-class Batch(NamedTuple):
-    """Points that one `Broadcast` feeds, newest first."""
+    @property
+    def rows(self) -> int | None: ...
 
-    dtype: torch.dtype
-    device: torch.device
-    fused: list[Feed]
-    tokens: list[Feed]
-    in_turn: bool  # one by one, by a `BroadcastInTurn`
+    @property
+    def features(self) -> int | None: ...
 
+    @property
+    def shape(self) -> torch.Size: ...
 
-class Node(NamedTuple):
-    """One `Broadcast` or `BroadcastInTurn`, but for what is new in every forward pass."""
-
-    group: Group
-    dense: list[Tensor]
-    fused: list[int]  # places of the layers, and of the tokens
-    tokens: list[int]
-    gate: list[bool] | None  # in turn: whether what stands at a token gates its own feedback
-
-    def tensors(self, receivers: list[Receiver]) -> list[Tensor | None]:
-        """In the order that `Broadcast` expects."""
-        tensors: list[Tensor | None] = [*self.dense]
-        for place in self.fused:
-            tensors += receivers[place][:4]
-        tensors += [receivers[place][4] for place in self.tokens]
-        return tensors
-
-
-class ChainNode(NamedTuple):
-    """The feedback of a whole chain, which its own node makes."""
-
-    group: Group
-    dense: list[Tensor]
-    unit: int  # which of the tape
+    @property
+    def edge(self) -> Any: ...
 
 
 class Plan(NamedTuple):
-    """What a forward pass has in common with others of the same `key`."""
+    """Holds what a forward pass has in common with others of the same `key`."""
 
     key: Any
-    nodes: list[Node]  # from the input up, so that the top group is the first in backward
-    chains: list[ChainNode]
     layout: Layout
+    drawn: Drawn
+    products: list[Product]  # of every point
+    dense: list[Tensor | None]
+    alike: Alike
+    calls: dict[tuple[int, ...], Call]  # see `Broadcast`
+
+    def broadcast(self) -> Broadcast:
+        """Returns what makes the feedback in the backward passes of one forward pass."""
+        return Broadcast(self.drawn, self.products, self.dense, self.alike, self.calls)
 
 
-def key(units: list[Point | Chain], y: Tensor) -> tuple[Any, ...] | None:
-    """All that the plan of a forward pass follows from; None where it serves this pass alone.
+def key_of(points: Sequence[Point], y: Tensor) -> tuple[Any, ...]:
+    """Returns all that the plan of a forward pass follows from, but for the bank.
 
     By it a step finds its plan at a tenth of the cost of making one (32 layers).
     """
     parts: list[Any] = [y.shape, y.device]
-    first: dict[int, int] = {}  # by tensor: of several points that read one the first is fed
-    for unit in units:
-        if isinstance(unit, Chain):
-            if any(map(_watched, unit.outputs)):
-                return None
-            h = unit.saved[0]
-            parts.append((unit.layers[0], *unit.readers, *unit.gates, h.dtype, h.device))
-            parts += [h.shape for h in unit.saved]
-            continue
-        x, target = unit.tensor, unit.target
-        if _watched(x):
-            return None
-        layer = isinstance(target, LayerRecord)
-        of_layer = (target.gate, target.affine, target.saved.stride()) if layer else unit.shape
-        place = first.setdefault(id(x), len(first))
-        parts.append(
-            (unit.layer, unit.rows, x.shape, x.stride(), x.dtype, x.device, of_layer, place)
-        )
+    for point in points:
+        x, run = point.tensor, point.run
+        gate = None if run is None else run.gates[point.place]
+        parts += (point.layer, point.rows, point.features, gate)
+        parts += (x.shape, x.stride(), x.dtype, x.device)
     return tuple(parts)
 
 
-def expanded(units: list[Point | Chain]) -> list[Point]:
-    """The points, those of chains among them, from the input up."""
-    points: list[Point] = []
-    for unit in units:
-        points += unit.points() if isinstance(unit, Chain) else [unit]
-    return points
+def lay_out(points: Sequence[AnyPoint], names: Sequence[str], y: Tensor, classes: int) -> Layout:
+    """Returns the sizes of a pass.
+
+    Raises:
+        ValueError: where the rows of a point are not those of y.
+    """
+    sizes = tuple(
+        Size(name, features_of(point, name, y), point.tensor.dtype, point.tensor.device)
+        for point, name in zip(points, names, strict=True)
+    )
+    return Layout(classes, sizes)
 
 
-def receivers(units: list[Point | Chain], whole: list[ChainNode]) -> list[Receiver | None]:
-    """What takes the feedback of each of the points; None for those of whole chains."""
-    apart = {chain.unit for chain in whole}
-    found: list[Receiver | None] = []
-    for i, unit in enumerate(units):
-        if i in apart:
-            found += [None] * len(unit.readers)
-        elif isinstance(unit, Chain):
-            found += [point.receiver for point in unit.points()]
-        else:
-            found.append(unit.receiver)
+def names_of(layers: Sequence[nn.Module], names: dict[nn.Module, str]) -> list[str]:
+    """Returns the names of the points that layers read, with "#2" and so on for the second call."""
+    calls: Counter[str] = Counter()
+    found: list[str] = []
+    for layer in layers:
+        name = names.get(layer, type(layer).__name__)
+        calls[name] += 1
+        found.append(name if calls[name] == 1 else f"{name}#{calls[name]}")
     return found
 
 
-def whole_chains(
-    units: list[Point | Chain], feeds: dict[int, Feed], device: torch.device
-) -> dict[int, list[Feed]]:
-    """The chains, by their places on the tape, that are fed as one by an error on `device`."""
-    chains: dict[int, list[Feed]] = {}
-    place = 0
-    for i, unit in enumerate(units):
-        if not isinstance(unit, Chain):
-            place += 1
-            continue
-        its = [feeds.get(place + k) for k in range(len(unit.readers))]
-        place += len(its)
-        here = unit.saved[0].device == device
-        if its and here and all(feed is not None and feed.fused for feed in its):
-            chains[i] = its
-    return chains
+def product_of(
+    point: Point, y: Tensor, settled: Settled, bank: Bank, layout: Layout, projected: bool
+) -> Product:
+    """Returns the product for a point, with the gate of the run that receives it, if that fits.
 
-
-def fed(points: list[Point]) -> list[int]:
-    """The places of the points that are fed: of several that read one tensor, the first.
-
-    Not by id: compiled in pieces, a step guards its value and is compiled again each time.
+    y tells the rows of the error.
     """
-    places: list[int] = []
-    for place, point in enumerate(points):
-        for other in places:
-            if points[other].tensor is point.tensor:
-                break
-        else:
-            places.append(place)
-    return places
+    _, features, dtype, device = settled.size
+    order: tuple[int, ...] = ()
+    if not projected and bank.keeps(layout, dtype):  # so that its columns can lie as the point does
+        order = _channels_last(point, y)
+    gate, run = None, point.run
+    if run is not None:
+        rows = y.shape[:-1]
+        by_rows = point.tensor.shape[:-1] == rows if run.by_rows else point.tensor.shape[:1] == rows
+        in_order = bool(order) or point.tensor.is_contiguous()
+        gate = run.gates[point.place] if by_rows and in_order else None
+    return Product(gate, settled.scale, settled.stream, features, order, dtype, device)
 
 
-def batches(points: list[Point], feeds: list[Feed], in_turn: bool, projected: bool) -> list[Batch]:
-    """Points by batches, from the output down: fused layers as many as the workspace holds.
-
-    Tokens go with the first batch of their kind: autograd runs all the nodes at the output
-    before what is below, so splitting them would free nothing. Where there are any, and the
-    workspace does not hold all points, everything is fed in turn instead, if it may be: the peak of
-    a step of a CNN was 55 MiB beside backprop's 44, and is 42 (six layers, three poolings, batch
-    64). So is it where a projector is at work, for which the first point waits.
-    """
-    if in_turn and projected and len({point.tensor.device for point in points}) == 1:
-        return _one_by_one(points, feeds)
-    sizes = [x.tensor.numel() * x.tensor.dtype.itemsize for x in points]
-    smallest = min(workspace(point.tensor.device) for point in points)
-    if in_turn and not all(feed.fused for feed in feeds) and sum(sizes) > smallest:
-        return _one_by_one(points, feeds)
-    batches: list[Batch] = []
-    first: dict[tuple[torch.dtype, torch.device], Batch] = {}
-    room = 0
-    for point, feed, size in reversed(list(zip(points, feeds, sizes, strict=True))):
-        kind = (point.tensor.dtype, point.tensor.device)
-        if kind not in first or (feed.fused and (size > room or kind != batches[-1][:2])):
-            batches.append(Batch(*kind, [], [], False))
-            first.setdefault(kind, batches[-1])
-            room = max(workspace(kind[1]), size)
-        if feed.fused:
-            batches[-1].fused.append(feed)
-            room -= size
-        else:
-            first[kind].tokens.append(feed)
-    return batches
+def _channels_last(point: Point, y: Tensor) -> tuple[int, ...]:
+    """Returns the sizes (C, *S) of a point whose samples lie as [*S, C] and are flattened."""
+    x = point.tensor
+    if x.dim() < 3 or y.dim() != 2 or point.rows not in (None, 1) or point.features is not None:
+        return ()
+    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
+        return ()
+    return tuple(index(size) for size in x.shape[1:])
 
 
-def _one_by_one(points: list[Point], feeds: list[Feed]) -> list[Batch]:
-    """Batches whose points are fed in turn; one of those whose feedback a hook wants to see."""
-    batches: dict[tuple[torch.dtype, torch.device, bool], Batch] = {}
-    for point, feed in reversed(list(zip(points, feeds, strict=True))):
-        in_turn = feed.fused or not isinstance(point.target, LayerRecord)
-        kind = (point.tensor.dtype, point.tensor.device)
-        batches.setdefault((*kind, in_turn), Batch(*kind, [], [], in_turn)).tokens.append(feed)
-    return list(batches.values())
+def feedback_at(broadcast: Broadcast, number: int, point: Point) -> Tensor:
+    """Returns the feedback that a point receives, of the shape of its tensor."""
+    made = broadcast.products[number].shaped(broadcast.feedback(number), point.shape)
+    if point.features is None:
+        return made
+    rows = 1 if point.rows is None else point.rows
+    return spread(made, point.tensor.shape, rows, point.features)
 
 
-def workspace(device: torch.device) -> int:
-    """The bytes that the deltas of a group of layers may take."""
-    return WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cpu"])
+def what_is_read(point: Point, rows: int) -> Tensor:
+    """Returns what a point reads, [M, n_l]; of its positions the sum over the square root of their
+    number, which is what its feedback is to each (see `nodes.Token`)."""
+    h = point.tensor.detach()
+    if point.features is None:
+        return h.reshape(rows, -1)
+    leading = 1 if point.rows is None else point.rows
+    h = h.movedim(point.features, leading).flatten(leading + 1)
+    return h.sum(-1).div(h.shape[-1] ** 0.5).reshape(rows, -1)
 
 
-def first_of_group(hidden: list[Tensor], classes: int) -> int:
-    """Of the layers of a chain, by their outputs, the first of those to go with the last one."""
-    device = hidden[-1].device
-    room = workspace(device)
-    if classes < _MANY_CLASSES:
-        room = CHAIN_DELTA_BYTES.get(device.type, CHAIN_DELTA_BYTES["cpu"])
-    first = len(hidden) - 1
-    room -= hidden[first].numel() * hidden[first].itemsize
-    while first > 0:
-        room -= hidden[first - 1].numel() * hidden[first - 1].itemsize
-        if room < 0:
-            break
-        first -= 1
-    return first
-
-
-def features_of(point: Point, name: str, y: Tensor) -> int:
-    """n_l of a point: its rows must be those of the error, the rest is features.
+def features_of(point: AnyPoint, name: str, y: Tensor) -> int:
+    """Returns n_l of a point: its rows must be those of the error, the rest is features.
 
     By `index`, as a compiled step with dynamic shapes must still take B's size as a constant.
     """
@@ -257,55 +169,3 @@ def features_of(point: Point, name: str, y: Tensor) -> int:
         f"[{', '.join(map(str, rows))}], got shape {tuple(shape)} for an output of shape "
         f"{tuple(y.shape)}; {advice}"
     )
-
-
-def feed_of(
-    point: Point, place: int, y: Tensor, features: int, scale: float, stream: int, dense: bool
-) -> Feed:
-    """The product for a point, gated where what takes it is a layer whose gate can be fused.
-
-    `dense`: whether B is kept, so that its columns can lie as the point does in memory.
-    """
-    layer = point.target
-    order = _channels_last(point, y) if dense else ()
-    if isinstance(layer, LayerRecord):
-        in_order = layer.saved.is_contiguous() or order
-        fits = in_order and layer.affine.fed_by_rows(layer.saved, y.shape[:-1])
-        if fits and not _watched(layer.output):
-            return Feed(Target(*layer.gate, scale, stream, features, order), place, layer.affine)
-    return Feed(Target(IDENTITY, 0.0, scale, stream, features, order), place, None)
-
-
-def _channels_last(point: Point, y: Tensor) -> tuple[int, ...]:
-    """The sizes (C, *S) of a point whose samples lie as [*S, C] in memory and are flattened."""
-    x = point.tensor
-    if x.dim() < 3 or y.dim() != 2 or point.rows not in (None, 1) or point.shape != x.shape:
-        return ()
-    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
-        return ()
-    return tuple(index(size) for size in x.shape[1:])
-
-
-def _watched(x: Tensor) -> bool:
-    """Whether someone waits for the gradient of x itself, which the fused path never makes."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(x._backward_hooks) or x.retains_grad
-
-
-def without_repeats(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """A layer that is called twice brings its weight twice, which Dynamo refuses: alias it."""
-    distinct: list[Tensor | None] = []
-    for x in tensors:
-        repeated = x is not None and any(x is other for other in distinct)
-        distinct.append(x.view_as(x) if repeated else x)
-    return distinct
-
-
-def check_unmodified(points: list[Point], names: list[str]) -> None:
-    for point, name in zip(points, names, strict=True):
-        if point.modified:
-            raise RuntimeError(
-                f"the input or the output of the layer before {name!r} was modified by an in-place "
-                "operation after that layer ran, and its gradient needs both as they were"
-            )

@@ -1,4 +1,4 @@
-"""What the modules that wrap a network share: the seed of its feedback, and names of its layers."""
+"""Holds what the modules that wrap a network share: a seed, and the names of its layers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.conv import Conv1d, Conv2d
-from ..nn.linear import Linear
 from ..ops import capture
+from ..ops.typed import constant
+from .layers import CutLayer
 
-LAYERS = (Linear, Conv1d, Conv2d)  # of this library
 # Parts that wrappers add to names; B must not depend on them.
 _OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -45,15 +44,16 @@ class Root(nn.Module):
         return {k: v for k, v in self.__dict__.items() if k not in self.made_again}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
-        super().__setstate__(attributes)
+        super().__setstate__(attributes)  # type: ignore[no-untyped-call]  # torch leaves out its types
         self._reset()
 
     def read_seed(self) -> int:
         return self._read_seed(self._key)
 
-    @torch.compiler.assume_constant_result
+    @constant
     def _read_seed(self, key: int) -> int:
-        """The seed, read from the buffer only when that was written: loaded, broadcast, moved.
+        """Returns the seed; it reads the buffer only when that was written: loaded, broadcast,
+        moved.
 
         `key` is what was read last: as an argument it guards a compiled step.
         """
@@ -66,7 +66,7 @@ class Root(nn.Module):
         return self._key
 
     # A constant of a compiled step, which is traced again where modules have changed.
-    @torch.compiler.assume_constant_result
+    @constant
     def follow_modules(self) -> None:
         """Finds the names anew where a module was moved, replaced, added or removed since."""
         found = self._children
@@ -77,8 +77,8 @@ class Root(nn.Module):
     def _find_names(self) -> None:
         self._names = names_in(self.module)
         # But for a layer's own activation: to look at those of 32 layers takes ten times as long.
-        holding = [m for m in self._names if m.__dict__["_modules"] and type(m) not in LAYERS]
-        holding = dict.fromkeys([self.module, *holding])
+        inside = [m for m in self._names if m.__dict__["_modules"] and not isinstance(m, CutLayer)]
+        holding = dict.fromkeys([self.module, *inside])
         self._children = [(module, dict(module.__dict__["_modules"])) for module in holding]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -87,7 +87,8 @@ class Root(nn.Module):
 
 
 def names_in(module: nn.Module) -> dict[nn.Module, str]:
-    """The name of every module inside, as if nothing was compiled, checkpointed or sharded."""
+    """Returns the name of every module inside, as if nothing was compiled, checkpointed or
+    sharded."""
     names: dict[nn.Module, str] = {}
     for name, inner in module.named_modules():
         names[inner] = ".".join(part for part in name.split(".") if part not in _OF_WRAPPERS)
@@ -95,9 +96,9 @@ def names_in(module: nn.Module) -> dict[nn.Module, str]:
 
 
 # A constant, as the Dynamo of PyTorch 2.11 tells whatever it traces that it is exported.
-@torch.compiler.assume_constant_result
+@constant
 def exporting() -> bool:
-    """Whether a program is being exported, which has no backward."""
+    """Tells whether a program is being exported, which has no backward."""
     return torch.compiler.is_exporting()
 
 

@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`) around blocks that end in a feedback point."""
+"""Makes FSDP2 (`fully_shard`) work around blocks that end in a feedback point."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_leaves
 
-from .tape import LayerRecord, state
+from .tape import state
 
 
 def watch_sharded_blocks(module: nn.Module) -> bool:
@@ -31,7 +31,7 @@ def watch_sharded_blocks(module: nn.Module) -> bool:
 
 
 def _gather_at_feedback(block: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook: a block whose output is cut gathers its weights when the feedback comes.
+    """Makes a block whose output is cut gather its weights when feedback comes; a forward hook.
 
     FSDP frees them after the forward pass, and gathers them when a gradient reaches the block's
     output. Behind the cut none ever does.
@@ -44,13 +44,12 @@ def _gather_at_feedback(block: nn.Module, args: Any, output: Any) -> None:
     newest = tape.points
     if all(newest.layer is not module for module in block.modules()):
         return
-    target = newest.target
-    receiver = target.output if isinstance(target, LayerRecord) else target
-    receiver.register_hook(_pre_backward(block))
+    newest.token.register_hook(_pre_backward(block))
 
 
-def _pre_backward(block: nn.Module) -> Any:
-    """What FSDP itself does when a gradient reaches the block's output; no public name of it."""
+def _pre_backward(block: Any) -> Any:
+    """Returns what FSDP itself does when a gradient reaches the block's output; it has no public
+    name."""
     try:
         return block._get_fsdp_state()._pre_backward
     except AttributeError:

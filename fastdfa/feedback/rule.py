@@ -1,4 +1,4 @@
-"""The rule that turns an error into feedback: how B is drawn, scaled and kept."""
+"""Says how an error becomes feedback: how B is drawn, scaled and kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ SCALES: dict[str, Callable[[int, int, int], float]] = {
 
 @dataclass(frozen=True)
 class Feedback:
-    """How the error is fed back: a point of n_l features receives s e B_l, B_l [C, n_l].
+    """Says how the error is fed back: a point of n_l features receives s e B_l, B_l [C, n_l].
 
     Args:
         distribution: of the entries of B: "normal", "uniform" or "rademacher", of mean 0.
@@ -90,21 +91,22 @@ class Feedback:
 
     @property
     def sends(self) -> Signal:
-        """What `signal` names."""
+        """Returns what `signal` names."""
         return signals.make(self.signal)
 
     def rows(self, columns: int) -> int:
-        """Of the matrix that points read, of a signal [M, columns]: of B, or of P where B = Q P."""
+        """Returns the rows of B, or of P where B = Q P, for a signal [M, columns]."""
         return columns if self.rank is None else self.rank
 
     def deviation(self, classes: int, features: int, widest: int) -> float:
-        """The standard deviation of the entries of B_l [classes, features]."""
+        """Returns the standard deviation of the entries of B_l [classes, features]."""
         if isinstance(self.scale, str):
             return SCALES[self.scale](max(classes, 1), max(features, 1), max(widest, 1))
         return float(self.scale)
 
     def stream(self, name: str) -> int:
-        """The generator's stream for a point: 0 where B is shared, else a hash of the name."""
+        """Returns the generator's stream for a point: 0 where B is shared, else a hash of the
+        name."""
         if self.shared:
             return 0
         return hash_of(name)
@@ -131,7 +133,7 @@ def make(feedback: Feedback | str | None) -> Feedback:
 
 
 def hash_of(name: str) -> int:
-    """32 bits, the same on every machine."""
+    """Returns 32 bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
 
 
@@ -140,7 +142,7 @@ _MASK = 2**31  # of a stream, that of its mask
 
 
 class Source(NamedTuple):
-    """What determines an unscaled B, whatever its size."""
+    """Holds what determines an unscaled B, whatever its size."""
 
     seed: int
     stream: int
@@ -150,14 +152,13 @@ class Source(NamedTuple):
     device: torch.device
 
     def matrix(self, rows: int, columns: int) -> Tensor:
-        """[rows, columns]; its first columns are those of a narrower one."""
-        place = {"seed": self.seed, "dtype": self.dtype, "device": self.device}
-        sizes = (rows, columns)
-        made = ops.feedback(*sizes, stream=self.stream, distribution=self.distribution, **place)
+        """Draws B [rows, columns]; its first columns are those of a narrower one."""
+        draw = partial(
+            ops.feedback, rows, columns, seed=self.seed, dtype=self.dtype, device=self.device
+        )
+        made = draw(stream=self.stream, distribution=self.distribution)
         if self.density < 1:
-            uniform = ops.feedback(
-                *sizes, stream=self.stream ^ _MASK, distribution="uniform", **place
-            )
+            uniform = draw(stream=self.stream ^ _MASK, distribution="uniform")
             # U(-sqrt 3, sqrt 3) is below this at a share `density` of the places.
             kept = uniform < 3**0.5 * (2 * self.density - 1)
             made.mul_(kept).mul_(self.density**-0.5)
@@ -165,7 +166,8 @@ class Source(NamedTuple):
 
 
 class DenseCache:
-    """The dense matrices of one root, made when first asked for: a cache, as B is a function."""
+    """Keeps the dense matrices of one root, drawn when first asked for: a cache, as B is a
+    function."""
 
     def __init__(self) -> None:
         self._matrices: dict[Source, Tensor] = {}
@@ -174,7 +176,7 @@ class DenseCache:
     def get(
         self, source: Source, rows: int, columns: int, channels_last: tuple[int, ...] = ()
     ) -> Tensor:
-        """The unscaled B [rows, >= columns]. A wider one serves the narrower: a prefix is a B.
+        """Returns the unscaled B [rows, >= columns]; a wider one serves, as a prefix is a B.
 
         With the sizes (C, *S) of a point in `channels_last`, it is [rows, C S] and its columns are
         those of B in the order of [*S, C].
@@ -183,8 +185,8 @@ class DenseCache:
             key = (source, channels_last)
             if key not in self._channels_last:
                 capture.refuse(capture.MADE_BEFORE.format("make its B"))
-                matrix = _channels_last(self.get(source, rows, columns), channels_last)
-                self._channels_last[key] = ready_on_every_stream(matrix)
+                reordered = _channels_last(self.get(source, rows, columns), channels_last)
+                self._channels_last[key] = ready_on_every_stream(reordered)
             return self._channels_last[key]
         matrix = self._matrices.get(source)
         if matrix is None or matrix.shape[0] != rows or matrix.shape[1] < columns:
@@ -199,21 +201,22 @@ class DenseCache:
 
 
 def ready_on_every_stream(matrix: Tensor) -> Tensor:
-    """The same, once the GPU has made it: what is kept is read on the stream of any pass."""
+    """Returns the same, once the GPU has written it: what is kept is read on the stream of any
+    pass."""
     if matrix.is_cuda:
         torch.cuda.current_stream(matrix.device).synchronize()
     return matrix
 
 
 def _channels_last(matrix: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """The first columns of B, of a point [C, *S], in the order of [*S, C]."""
+    """Returns the first columns of B, of a point [C, *S], in the order of [*S, C]."""
     columns = math.prod(sizes)
     out = matrix.new_zeros(len(matrix), ops.aligned_width(columns, matrix.device))[:, :columns]
     return out.copy_(matrix[:, :columns].unflatten(1, (sizes[0], -1)).mT.flatten(1))
 
 
 def fits_dense(rule: Feedback, rows: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether B [rows, columns] is kept in memory rather than generated at each use."""
+    """Tells whether B [rows, columns] is kept in memory rather than generated at each use."""
     if rule.dense is not None or rule.density < 1:
         return rule.dense is not False
     return rows * columns * dtype.itemsize <= DENSE_LIMIT_BYTES
@@ -249,7 +252,7 @@ def _check_seed(seed: object) -> None:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
 
 
-def _check_rank(rank: object) -> None:
+def _check_rank(rank: Any) -> None:
     _check_type("rank", rank, (int, type(None)))
     if isinstance(rank, bool) or (rank is not None and rank < 1):
         raise ValueError(f"rank must be a positive int or None, got {rank}")

@@ -1,19 +1,20 @@
-"""Activations whose backward is not their derivative: `Surrogate`."""
+"""Holds activations whose backward is not their derivative: `Surrogate`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-Function = Callable[[Tensor], Tensor]
+from ..ops.typed import Function
+
+Elementwise = Callable[[Tensor], Tensor]
 
 
 class Surrogate(nn.Module):
-    """An activation f whose gate is any function g of the pre-activation.
+    """Applies an activation f whose gate is any function g of the pre-activation.
 
     Forward gives h = f(a); backward multiplies what arrives by g(a), in the place of f'(a):
 
@@ -43,7 +44,7 @@ class Surrogate(nn.Module):
         ValueError: in the forward pass, where its result has another shape than a.
     """
 
-    def __init__(self, f: Function, g: Function) -> None:
+    def __init__(self, f: Elementwise, g: Elementwise) -> None:
         super().__init__()
         for name, function in (("f", f), ("g", g)):
             if not callable(function):
@@ -52,15 +53,16 @@ class Surrogate(nn.Module):
         self.g = g
 
     def forward(self, input: Tensor) -> Tensor:
-        return _Surrogate.apply(input, self.f, self.g)
+        h: Tensor = _Surrogate.apply(input, self.f, self.g)
+        return h
 
     def extra_repr(self) -> str:
         return f"f={_name(self.f)}, g={_name(self.g)}"
 
 
-class _Surrogate(torch.autograd.Function):
+class _Surrogate(Function):
     @staticmethod
-    def forward(ctx, a, f, g):
+    def forward(ctx: Any, a: Tensor, f: Elementwise, g: Elementwise) -> Tensor:
         h = _result("f", f, a).to(a.dtype)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(_result("g", g, a))
@@ -68,12 +70,12 @@ class _Surrogate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (gate,) = ctx.saved_tensors
         return (grad * gate).to(grad.dtype), None, None
 
 
-def _result(name: str, function: Function, a: Tensor) -> Tensor:
+def _result(name: str, function: Elementwise, a: Tensor) -> Tensor:
     result = function(a)
     if not isinstance(result, Tensor):
         raise TypeError(f"{name} must return a tensor, got {type(result).__name__}")

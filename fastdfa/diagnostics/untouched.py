@@ -1,0 +1,80 @@
+"""Finds what is in a model, and leaves that model as it was: what every diagnostic needs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dfa import DFA
+from ..engine.root import Root
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Lets the model run forward and backward, inside, by itself and not compiled; then puts back
+    its buffers and torch's random state."""
+    tensors = [*model.parameters(), *model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    with ExitStack() as stack:
+        gpus = {x.device.index for x in tensors if x.device.type == "cuda"}
+        stack.enter_context(torch.random.fork_rng(sorted(gpus)))
+        stack.enter_context(torch.inference_mode(False))  # enables gradients, too
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for module, name, buffer, before in buffers:
+                    module._buffers[name] = buffer
+                    # Compared first, as a copy counts as a modification in place.
+                    if not _equal(buffer, before):
+                        buffer.copy_(before)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(*(x if x.layout == torch.strided else x.to_dense() for x in (a, b)))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the model itself, so that nothing is compiled, and no process waits for another."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            wrapper: Any = model
+            model = wrapper._orig_mod
+        else:
+            return model
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters by the names that `inspect` gives them: those of points begin inside
+    the wrapped module."""
+    return dict((model.module if isinstance(model, Root) else model).named_parameters())
+
+
+def roots_of(model: nn.Module) -> dict[str, DFA]:
+    """Returns the roots in a model by their names.
+
+    Raises:
+        ValueError: for a model without one, or sharded by `fully_shard`.
+    """
+    roots = {name: module for name, module in model.named_modules() if isinstance(module, DFA)}
+    if not roots:
+        raise ValueError(f"model must hold a fastdfa.DFA, got {type(model).__name__} without one")
+    sharded = [name for name, x in model.named_parameters() if type(x.data).__name__ == "DTensor"]
+    if sharded:
+        raise ValueError(f"model must not be sharded, got {sharded[0]!r}; do this before that")
+    return roots

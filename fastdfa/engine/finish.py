@@ -1,0 +1,162 @@
+"""Ends a forward pass: puts the node that begins the broadcast behind the output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import signals
+from ..feedback.bank import Layout
+from ..matrices import Matrices
+from ..projectors import Projected
+from .broadcast import Broadcast, Receiver, Sender, as_matrix
+from .nodes import RootNode, Sending, Token, Traced
+from .plan import what_is_read
+from .planner import Planner
+from .tape import Point, Tape, TrainedRoot, watched
+
+ONE_ERROR = (
+    ". Several heads have one error where a submodule returns torch.cat(outputs, -1), and what is "
+    "behind it splits them"
+)
+
+
+def finish(root: TrainedRoot, planner: Planner, tape: Tape, y: Any) -> Any:
+    """Returns the output y with the backward of DFA behind it."""
+    check_output(y, root.output)
+    points = tape.in_order()
+    for layer in tape.in_vain():
+        root.follows(layer, None)
+    if not torch.compiler.is_compiling():
+        points = [announced(point) for point in points]
+    plan = planner.plan(root, tape, points, y)
+    given = take_target(root)
+    sender = sender_of(root, planner.layout, y.device, root.columns(y.shape[-1]), given)
+    if not points:
+        return y
+    target = None
+    if sender is not None:
+        sender = sender.checked(y)
+        target = sender.target
+    learning = root.learning
+    if learning is not None and learning.needs_target and target is None:
+        target = signals.given(given, y, f"the rule {learning.name}")
+    learnt: list[Tensor] = []
+    if learning is not None and root.matrices is not None:
+        learnt = _reads_and_matrices(root, root.matrices, points, y)
+    low: Tensor | None = root.compression
+    if low is None and sender is not None:
+        low = sender.low
+    output = y if sender is not None and sender.signal.needs_output else None
+    if sender is not None:
+        sender = sender._replace(low=None, target=None)
+    tokens = [point.token for point in points]
+    matrices: list[Tensor] = []
+    if torch.compiler.is_compiling():
+        matrices, places = _distinct(plan.dense)
+        broadcast: Broadcast | Traced = Traced(plan.drawn, plan.products, places)
+    else:
+        broadcast = made = tape.broadcast(plan)
+        for number, point in enumerate(points):
+            receiver: Any = point.receiver  # there, as the point is `announced`
+            receiver.set(made, number, point.place)
+        tokens = list({id(token): token for token in tokens}.values())  # a run has one for all
+    sending = Sending(broadcast, sender, learning, len(matrices), len(learnt) // 2)
+    return RootNode.apply(sending, y, output, low, target, *matrices, *learnt, *tokens)
+
+
+def announced(point: Point) -> Point:
+    """Returns a point whose feedback can be announced: handed over by a token of its own to what a
+    traced layer has made, and to an output whose gradient a hook or `retain_grad` waits for."""
+    if point.receiver is not None and not (point.run is not None and watched(point.tensor)):
+        return point
+    x, receiver = (point.token if point.run is None else point.tensor), Receiver()
+    token = Token.apply(x, None, None, receiver)
+    return point._replace(token=token, receiver=receiver, run=None, place=0)
+
+
+def _reads_and_matrices(
+    root: TrainedRoot, matrices: Matrices, points: Sequence[Point], y: Tensor
+) -> list[Tensor]:
+    """Returns what every point reads, [M, n_l], then the matrix of each."""
+    rows = y.shape[:-1].numel()
+    names = root.names_of_points([point.layer for point in points])
+    reads = [what_is_read(point, rows) for point in points]
+    return reads + [matrices.of(name) for name in names]
+
+
+def _distinct(dense: Sequence[Tensor | None]) -> tuple[list[Tensor], tuple[int | None, ...]]:
+    """Returns the matrices, each once, as Dynamo refuses a tensor that it is given twice; and for
+    each point which one it has."""
+    matrices: list[Tensor] = []
+    places: list[int | None] = []
+    for matrix in dense:
+        if matrix is None:
+            places.append(None)
+            continue
+        found = [i for i, other in enumerate(matrices) if other is matrix]
+        if not found:
+            matrices.append(matrix)
+        places.append(found[0] if found else len(matrices) - 1)
+    return matrices, tuple(places)
+
+
+def take_target(root: TrainedRoot) -> Tensor | None:
+    """Returns the target that was set for this pass; it serves no other."""
+    target = root.target
+    if target is not None:
+        root.target = None
+    return target
+
+
+def sender_of(
+    root: TrainedRoot,
+    layout: Layout | None,
+    device: torch.device,
+    columns: int,
+    target: Tensor | None,
+) -> Sender | None:
+    """Returns what makes the signal [M, columns] of a pass; None where what is projected is the
+    error itself."""
+    signal, rank = root.bank.rule.sends, root.bank.rule.rank
+    if isinstance(signal, signals.Error) and rank is None and root.projector is None:
+        return None
+    low = None if rank is None else low_of(root, columns, device)
+    return Sender(signal, low, target, root.projector, 0 if layout is None else layout.widest)
+
+
+def sent_by(
+    root: TrainedRoot, layout: Layout, error: Tensor, output: Tensor, target: Tensor | None
+) -> Tensor | Projected:
+    """Returns what is projected for an error and an output, [*rows, C]: [M, columns]."""
+    sender = sender_of(root, layout, error.device, root.columns(error.shape[-1]), target)
+    if sender is None:
+        return as_matrix(error)
+    return sender.checked(output).of(error, output.detach())
+
+
+def low_of(root: TrainedRoot, columns: int, device: torch.device) -> Tensor:
+    """Returns Q [columns, rank] of B = Q P: the one that learns, or one of the seed."""
+    if root.compression is not None:
+        return root.compression.detach()
+    return root.bank.low(root.read_seed(), columns, device)
+
+
+def check_output(y: Any, tap: str | None) -> None:
+    """Raises a TypeError or ValueError unless the error can be taken at this output."""
+    where = "the output of the module" if tap is None else f"the output of {tap!r}"
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"{where} must be a tensor, got {type(y).__name__}; "
+            f"DFA(module, output=name) takes the error at a submodule's output{ONE_ERROR}"
+        )
+    if not y.is_floating_point():
+        raise TypeError(f"{where} must be of a floating dtype, got {y.dtype}")
+    if y.dim() == 0:
+        raise ValueError(
+            f"{where} must have shape [*rows, C], got a scalar; if it is the loss, "
+            "DFA(module, output=name) takes the error at a submodule's output"
+        )

@@ -1,0 +1,23 @@
+"""Holds the base of all layers that cut the network at their input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class CutLayer(nn.Module):
+    """Serves as the base of all layers that cut the network at their input, in a `DFA`."""
+
+    in_segments = False  # whether it is fully connected, and may be computed without its call
+
+    weight: Tensor
+    bias: Any  # a parameter or None, which torch declares in another way in each of its layers
+    activation: nn.Module | None
+    out_features: int  # of a fully connected layer alone
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in cls.__dict__ and "in_segments" not in cls.__dict__:
+            cls.in_segments = False  # what a class of a user does in its forward is not known

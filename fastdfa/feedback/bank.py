@@ -1,0 +1,181 @@
+"""Holds every B of a root: generated from the seed, given, or learning."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..matrices import SHARED, Matrices
+from ..ops.reference import accumulation_dtype
+from ..ops.typed import constant
+from .rule import LOW_RANK_STREAM, DenseCache, Feedback, Source, fits_dense, hash_of
+
+
+class Size(NamedTuple):
+    """Says what a forward pass tells of a point."""
+
+    name: str
+    features: int  # n_l
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Layout(NamedTuple):
+    """Holds the sizes of a forward pass: what is projected has `classes` columns, as the error has,
+    unless the signal has others; and those of every point."""
+
+    classes: int
+    points: tuple[Size, ...]
+
+    @property
+    def widest(self) -> int:
+        """Returns the most features that a point has; 0 where there is none."""
+        return max([0, *[point.features for point in self.points]])
+
+
+class Settled(NamedTuple):
+    """Holds what settles the B of a point: its size, the scale of the entries, and the stream."""
+
+    size: Size
+    scale: float
+    stream: int
+
+
+class Bank:
+    """Holds the rule of a root and its matrices, and remembers the sizes, which may not change.
+
+    Attributes:
+        rule: how B is drawn and scaled.
+        matrices: the B that were given, or that learn; None where they are generated.
+        layout: the sizes of the latest pass that was settled; None before the first.
+    """
+
+    def __init__(self, rule: Feedback, matrices: Matrices | None) -> None:
+        self.rule = rule
+        self.matrices = matrices
+        self.forget()
+        self.reset()
+
+    def reset(self) -> None:
+        """Lets go of the matrices that can be generated again."""
+        self._cache = DenseCache()
+
+    def forget(self) -> None:
+        """Forgets the sizes, as modules have changed."""
+        self.layout: Layout | None = None
+
+    def settle(self, layout: Layout) -> list[Settled]:
+        """Returns what settles the B of every point.
+
+        Raises:
+            ValueError, TypeError: where a size is not as in earlier passes, or a given matrix does
+                not fit.
+        """
+        scales, streams = self._settle(*layout)
+        return [Settled(*each) for each in zip(layout.points, scales, streams, strict=True)]
+
+    # What is settled once, outside the traced graph: a compiled step sees constants, guarded by
+    # the arguments.
+
+    @constant
+    def _settle(
+        self, classes: int, points: tuple[Size, ...]
+    ) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Returns scale and stream of every point."""
+        layout, rule = Layout(classes, tuple(Size(*point) for point in points)), self.rule
+        if layout != self.layout:
+            _check_same_features(self.layout, layout)
+            if self.matrices is not None:
+                self.matrices.check(rule.rows(classes), points)
+        self.layout = layout
+        if self.matrices is not None:
+            shared = SHARED in self.matrices
+            streams = [0 if shared else hash_of(point.name) for point in layout.points]
+            return (1.0,) * len(points), tuple(streams)
+        widest = layout.widest
+        scales = [rule.deviation(classes, point.features, widest) for point in layout.points]
+        return tuple(scales), tuple(rule.stream(point.name) for point in layout.points)
+
+    def keeps(self, layout: Layout, dtype: torch.dtype) -> bool:
+        """Returns whether generated matrices for tensors of this dtype are kept in memory."""
+        rows, wide = self.rule.rows(layout.classes), accumulation_dtype(dtype)
+        return self.matrices is None and fits_dense(self.rule, rows, layout.widest, wide)
+
+    def dense(
+        self, seed: int, layout: Layout, settled: Settled, order: tuple[int, ...]
+    ) -> Tensor | None:
+        """Returns the unscaled B [rows, >= n_l] of a point, where it is kept, else None.
+
+        `order` are the sizes (C, *S) of a point that lies as [*S, C] in memory, as the columns do
+        then.
+        """
+        name, features, dtype, device = settled.size
+        if self.matrices is not None:
+            return self.matrices.of(name).detach()
+        rows = self.rule.rows(layout.classes)
+        dtype = ops.feedback_dtype(device, dtype, rows)
+        columns = layout.widest if self.rule.shared else features
+        if not fits_dense(self.rule, rows, columns, dtype):
+            return None
+        place = (dtype, device)
+        return self._dense(seed, settled.stream, rows, columns, order, *place)[0]
+
+    def low(self, seed: int, columns: int, device: torch.device) -> Tensor:
+        """Returns Q [columns, rank], whose entries have the variance 1 / rank."""
+        rank = self.rule.rank
+        assert rank is not None  # else there is no Q
+        place = (torch.float32, device)
+        (unscaled,) = self._dense(seed, LOW_RANK_STREAM, columns, rank, (), *place)
+        scale: float = rank**-0.5
+        return unscaled * scale
+
+    @constant
+    def _dense(
+        self,
+        seed: int,
+        stream: int,
+        rows: int,
+        columns: int,
+        order: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> tuple[Tensor]:
+        # In a tuple, as Dynamo takes a bare tensor from one place of the code only once.
+        density = 1.0 if stream == LOW_RANK_STREAM else self.rule.density
+        source = Source(seed, stream, self.rule.distribution, density, dtype, device)
+        return (self._cache.get(source, rows, columns, order),)
+
+    def matrix(self, seed: int, layout: Layout, size: Size) -> Tensor:
+        """Returns the scaled B_l of a point, or P_l where B = Q P."""
+        if self.matrices is not None:
+            return self.matrices.of(size.name).detach()[:, : size.features]
+        rule, classes = self.rule, layout.classes
+        settings = (rule.stream(size.name), rule.distribution, rule.density)
+        source = Source(seed, *settings, accumulation_dtype(size.dtype), size.device)
+        matrix = source.matrix(rule.rows(classes), size.features)
+        return matrix * rule.deviation(classes, size.features, layout.widest)
+
+    def version(self) -> tuple[object, ...]:
+        """Returns what changes where a plan of this bank would be stale."""
+        given = () if self.matrices is None else self.matrices.version()
+        return (self.rule, *given)
+
+
+def _check_same_features(before: Layout | None, now: Layout) -> None:
+    if before is None:
+        return
+    widths = {point.name: point.features for point in before.points}
+    for name, features, _, _ in now.points:
+        if widths.get(name, features) != features:
+            raise ValueError(
+                f"feedback point {name!r}: expected {widths[name]} features as in earlier "
+                f"forward passes, got {features}; B has a fixed size"
+            )
+    if before.classes != now.classes:
+        raise ValueError(
+            f"the error has {now.classes} features, expected {before.classes} as in earlier "
+            "forward passes; B has a fixed size"
+        )

@@ -1,0 +1,117 @@
+"""Cuts the network behind whole blocks: `FeedbackPoint`, and the hook that puts one there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..engine.layers import CutLayer
+from ..engine.tape import cut, state
+
+
+class FeedbackPoint(nn.Module):
+    """Cuts the network where it stands, in a `DFA`; an identity otherwise.
+
+    For a block whose inside is trained by local backprop: what follows, up to the next point or
+    the output, learns from the feedback there, or from the true gradient after the last point.
+
+    An error e comes to a point of n_l features in one of three ways, B_l being [C, n_l]:
+
+    - by rows: a point [*R, n] under an error [*R, C] (tokens, nodes) receives e B_l, n_l = n;
+    - flattened: any other point takes its first dimension as rows, or `rows` of them, under an
+      error [N, C]; n_l is the product of the rest, in logical order. With the default scale a
+      sample's feedback is as long (|e| / sqrt(C), on average) however many features it has;
+    - by `features`: at a point with positions, such as an image [N, n, H, W] or a sequence
+      [N, T, n], under an error [N, C], every position receives e B_l / sqrt(positions), n_l = n.
+      A sample's feedback is as long as before (arXiv 2006.12878, TinyDFA), and the number of
+      positions may change between passes.
+
+    Args:
+        rows: how many leading dimensions of the input are rows of the error.
+        features: the dimension of the input that holds the features, 1 for images, -1 for
+            sequences; those that are neither this nor rows (one, unless `rows` says otherwise)
+            are positions.
+
+    Raises:
+        TypeError, ValueError: for what is not such a number, or, in the forward pass, not a
+            dimension of the input behind its rows.
+    """
+
+    def __init__(self, rows: int | None = None, features: int | None = None) -> None:
+        super().__init__()
+        _check_dimension("rows", rows)
+        _check_dimension("features", features)
+        if rows is not None and rows < 0:
+            raise ValueError(f"rows must not be negative, got {rows}")
+        self.rows = rows
+        self.features = features
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.cut(self, input)
+
+    def cut(self, layer: nn.Module, input: Tensor) -> Tensor:
+        """Cuts the network at `input`; the point is named by `layer`."""
+        if self.features is None:
+            return cut(layer, input, self.rows)
+        rows = 1 if self.rows is None else self.rows
+        features = self.features + input.dim() * (self.features < 0)
+        if not rows <= features < input.dim():
+            raise ValueError(
+                f"features={self.features} must be a dimension of the input behind the {rows} that "
+                f"are rows, got shape {tuple(input.shape)}"
+            )
+        return cut(layer, input, rows, features)
+
+    def extra_repr(self) -> str:
+        given = {"rows": self.rows, "features": self.features}
+        return ", ".join(f"{name}={k}" for name, k in given.items() if k is not None)
+
+
+def _check_dimension(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+
+
+class CutBehind:
+    """Makes the output of a block a feedback point, of the block's name; a forward hook."""
+
+    def __init__(self, point: FeedbackPoint) -> None:
+        self.point = point
+
+    def __call__(self, block: nn.Module, args: Any, output: Any) -> Any:
+        if state.tape is None:
+            return None
+        check_no_backward_hooks(type(block).__name__, block)
+        if isinstance(output, Tensor):
+            return self.point.cut(block, output)
+        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+            items = [self.point.cut(block, output[0]), *output[1:]]
+            return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+        raise TypeError(
+            f"blocks: a {type(block).__name__} must return a tensor, or a tuple or list that "
+            f"begins with one, got {type(output).__name__}; name a module inside it instead"
+        )
+
+
+def check_no_backward_hooks(name: str, block: nn.Module) -> None:
+    """Raises where they wait for a gradient of what the block returns, as that has none."""
+    if block._backward_hooks or block._backward_pre_hooks:
+        raise ValueError(
+            f"blocks: {name!r} has backward hooks, which would never fire, as its output is cut. "
+            "Register them on a module inside it"
+        )
+
+
+def cut_modules(module: nn.Module) -> list[nn.Module]:
+    """Returns the layers, points and blocks at which a network can be cut, in the order in which
+    the module holds them; but not a first layer that reads the network's input, as nothing with
+    parameters is before it."""
+    found = [
+        inner
+        for inner in module.modules()
+        if isinstance(inner, (CutLayer, FeedbackPoint))
+        or any(isinstance(hook, CutBehind) for hook in inner._forward_hooks.values())
+    ]
+    first = next((inner for inner in module.modules() if inner._parameters), None)
+    return found[1:] if found and found[0] is first else found

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from networks import RULE, Apply, assert_close, feedback_of, gradients, randn, step
+from helpers.networks import RULE, Apply, assert_close, feedback_of, gradients, randn, step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -11,8 +11,9 @@ from functools import partial
 
 import pytest
 import torch
-from formulas import ACTIVATIONS, DISTRIBUTIONS, philox4x32, unit_feedback
-from networks import (
+from helpers.formulas import ACTIVATIONS, DISTRIBUTIONS, philox4x32, unit_feedback
+from helpers.kernels import FROM_OUTPUT, KINDS, REFUSED, Case, samples, saved_and_derivative, wide
+from helpers.networks import (
     Apply,
     assert_close,
     expected_gradients,
@@ -21,8 +22,7 @@ from networks import (
     randn,
     step,
 )
-from test_ops import FROM_OUTPUT, KINDS, REFUSED, Case, samples, saved_and_derivative, wide
-from test_readme import run as recipes
+from helpers.pages import run as recipes
 from torch import nn
 
 import fastdfa
@@ -784,11 +784,10 @@ def train(model, optimizer, x, g):
     optimizer.step()
 
 
-@pytest.mark.parametrize("direct", [False, True])
-def test_graphs_of_a_chain_with_its_optimizer(direct):
+def test_graphs_of_a_chain_with_its_optimizer():
     """Two graphs, of two batch sizes, and ordinary steps of a third in turn train as ordinary
     steps do. In such a chain weight gradients are batched."""
-    rule = dict(widths=(16, 24, 24, 24, 24, 3), direct_gradients=direct)
+    rule = dict(widths=(16, 24, 24, 24, 24, 3))
     model, other = network(**rule), network(**rule)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
     static = [tuple(data(model, rows)) for rows in (37, 8)]

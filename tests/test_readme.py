@@ -1,42 +1,27 @@
-"""The Python of the README and of docs/ runs as it stands, from top to bottom."""
+"""The Python of the README and of docs/ runs as it stands, from top to bottom; their links lead
+somewhere, and their figures are those of the tracked results."""
 
 import contextlib
 import copy
 import re
-from importlib.util import find_spec
-from pathlib import Path
+import runpy
+import sys
 from unittest.mock import Mock
 
 import pytest
 import torch
-from networks import assert_close
+from helpers.networks import assert_close
+from helpers.pages import NEEDS_CUDA, ROOT, blocks, run
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.harness.figures import memory
 
-
-NEEDS_CUDA = "torch.cuda.CUDAGraph"  # in the text of an example
-
-
-def blocks(path):
-    """The examples of a page."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
-
-
-def run(path):
-    """Runs the examples of a page; returns the names that they leave."""
-    names: dict = {}
-    for block in blocks(path):
-        if "import transformers" in block and find_spec("transformers") is None:
-            continue  # an optional package
-        if NEEDS_CUDA in block and not torch.cuda.is_available():
-            continue
-        exec(compile(block, path, "exec"), names)
-    return names
+PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.slow  # compiles
 def test_the_recipes_run():
-    names = run("docs/performance.md")
+    names = run("docs/pytorch.md")
+    assert names["tapped"].output == "1"
     assert all(p.grad.abs().sum() > 0 for p in names["model"].parameters())
 
 
@@ -52,7 +37,7 @@ class GraphOnCpu:
 
 def test_the_recipe_of_a_cuda_graph_but_for_the_graph(monkeypatch):
     """On the CPU: each batch is one more ordinary step."""
-    (block,) = [block for block in blocks("docs/performance.md") if NEEDS_CUDA in block]
+    (block,) = [block for block in blocks("docs/pytorch.md") if NEEDS_CUDA in block]
     for there, here in (('"cuda"', '"cpu"'), ("capturable=True", "capturable=False")):
         assert there in block
         block = block.replace(there, here)
@@ -74,7 +59,7 @@ def test_the_recipe_of_a_cuda_graph_but_for_the_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", GraphOnCpu)
-    exec(compile(block, "docs/performance.md", "exec"), names)
+    exec(compile(block, "docs/pytorch.md", "exec"), names)
     assert names["graph"].replays == 4 and stream.wait_stream.call_count == 2
     model, _ = other
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -88,11 +73,18 @@ def test_the_recipe_of_a_cuda_graph_but_for_the_graph(monkeypatch):
     assert_close(*(dict(m.module.named_parameters()) for m in (names["model"], model)), 1e-6)
 
 
-def test_the_examples_run():
+def test_the_examples_of_the_first_page_run():
     names = run("README.md")
     assert names["model"].feedback_points == ["1", "2"]
     for parameter in names["model"].parameters():
         assert parameter.grad.abs().sum() > 0
+    points = [names[name].feedback_points for name in ("dfa", "pairs", "chosen", "exact")]
+    assert points == [list("12345678"), list("2468"), ["4", "8"], []]
+    assert names["per_block"].feedback_points == ["0", "1.layers.0", "1.layers.1"]
+
+
+def test_the_networks_run():
+    names = run("docs/networks.md")
     names["deep"](names["x"]).sum().backward()
     assert names["deep"].feedback_points == ["1", "2.point", "3.point"]
     networks = ["cnn", "resnet", "language_model", "gcn", "recurrent", "two_tasks"]
@@ -102,8 +94,69 @@ def test_the_examples_run():
             assert parameter.grad.abs().sum() > 0, name
 
 
+def test_the_uncut_network_runs():
+    names = run("docs/speed.md")
+    model = names["fused_backprop"]
+    assert model.feedback_points == []
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_the_recipe_of_a_network_runs():
+    names = run("docs/accuracy.md")
+    names["best"](torch.randn(8, 3072)).sum().backward()
+    assert names["best"].feedback_points == ["3", "6", "9"]
+
+
+def test_the_streaming_step_runs():
+    names = run("docs/streaming.md")
+    assert names["loss"] > 0 and all(p.grad is None for p in names["streamed"].parameters())
+
+
 def test_the_rules_run():
     names = run("docs/rules.md")
     for name in ["binary", "fa", "spiking"]:
         for parameter in names[name].parameters():
             assert parameter.grad.abs().sum() > 0, name
+
+
+def test_every_page_with_examples_is_run_here():
+    here = (ROOT / "tests/test_readme.py").read_text()
+    for page in PAGES:
+        assert not blocks(page) or f'run("{page}")' in here, page
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors(linked.relative_to(ROOT.resolve())), target
+
+
+def test_the_first_page_leads_to_every_other():
+    text = (ROOT / "README.md").read_text()
+    assert [page for page in PAGES[1:] if f"]({page})" not in text] == []
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_check_says_whether_the_figures_are_those_of_the_results(changed, monkeypatch):
+    """As a command: it once ended well without having looked."""
+    monkeypatch.setattr(sys, "argv", ["readme", "--check"])
+    monkeypatch.delitem(sys.modules, "benchmarks.harness.readme", raising=False)
+    if changed:
+        monkeypatch.setattr(memory, "memory", lambda: "other figures")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("benchmarks.harness.readme", run_name="__main__")
+    assert end.value.code == changed

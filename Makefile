@@ -13,8 +13,10 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -qq
-# In as many processes as there are cores, up to 4: on two cores in 0.6 of the time.
-PYTEST := $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+# In as many processes as there are cores, up to 4. Each has two threads, more than there are cores:
+# threads that wait must sleep. On two busy cores the tests of benchmarks took 319 s of which most was
+# spinning, and 86 s so.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 # One pair of stamps for each environment: its packages, and the extension built for it.
 STAMP := build/stamp$(subst /,-,$(abspath $(VENV)))
@@ -29,40 +31,42 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
 
 train: $(STAMP).built ## train one network by DFA and by backprop
-	@$(PY) benchmarks/train.py $(ARGS)
+	@$(PY) -m examples.training.train $(ARGS)
 
-test: $(STAMP).built ## kernel tests, then every test with the kernels, then without
+test: $(STAMP).built ## kernel tests, every test with the kernels, then what differs without
 	@$(BUILD)
 	@test ! -d build/cmake || $(VENV)/bin/ctest --test-dir build/cmake --output-on-failure
 	$(PYTEST) $(ARGS)
-	FASTDFA_DISABLE_EXTENSION=1 $(PYTEST) -m "not slow" $(ARGS)
+	FASTDFA_DISABLE_EXTENSION=1 $(PYTEST) -m "kernels and not slow" $(ARGS)
 
 bench: $(STAMP).built ## time and memory: of a step, its growth, kinds of networks; each kernel
-	$(PY) benchmarks/step.py $(ARGS)
-	$(PY) benchmarks/growth.py $(ARGS)
-	$(PY) benchmarks/step_kinds.py $(ARGS)
-	$(PY) benchmarks/recipe.py $(ARGS)
-	$(PY) benchmarks/memory.py $(ARGS)
-	$(PY) benchmarks/kernels.py $(ARGS)
-	$(PY) benchmarks/one_core.py $(ARGS)
-	$(PY) benchmarks/low_precision.py steps $(ARGS)
-	$(PY) benchmarks/low_precision.py float16 $(ARGS)
+	$(PY) -m benchmarks.speed.step $(ARGS)
+	$(PY) -m benchmarks.speed.growth $(ARGS)
+	$(PY) -m benchmarks.speed.kinds $(ARGS)
+	$(PY) -m benchmarks.speed.recipe $(ARGS)
+	$(PY) -m benchmarks.speed.memory $(ARGS)
+	$(PY) -m benchmarks.speed.kernels $(ARGS)
+	$(PY) -m benchmarks.speed.one_core $(ARGS)
+	$(PY) -m benchmarks.speed.low_precision steps $(ARGS)
+	$(PY) -m benchmarks.speed.low_precision float16 $(ARGS)
 
 accuracy: $(STAMP).built ## seconds to an accuracy, by DFA and by backprop: ARGS="--data DIR"
-	$(PY) benchmarks/time_to_accuracy.py mnist $(ARGS)
-	$(PY) benchmarks/time_to_accuracy.py cifar10 $(ARGS)
+	$(PY) -m benchmarks.accuracy.time_to_accuracy mnist $(ARGS)
+	$(PY) -m benchmarks.accuracy.time_to_accuracy cifar10 $(ARGS)
 
 paper: $(STAMP).built ## the experiments of arXiv 1906.04554, for hours; ARGS="--data DIR --quick"
-	@$(PY) benchmarks/paper.py $(ARGS)
+	@$(PY) -m benchmarks.paper $(ARGS)
 
 readme: $(STAMP).packages ## the figures of README.md and docs/, from benchmarks/results
-	$(PY) benchmarks/readme.py
+	$(PY) -m benchmarks.harness.readme
 
-lint: $(STAMP).packages ## ruff and clang-format, at pinned versions; figures of README and docs
+lint: $(STAMP).packages ## formatters, linters, types and imports, at pinned versions; figures in docs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/clang-format --dry-run --Werror $(KERNELS)
-	$(PY) benchmarks/readme.py --check
+	$(PY) -m benchmarks.harness.readme --check
 
 format: $(STAMP).packages ## put what lint asks for in place
 	$(PY) -m ruff check --fix .
@@ -75,7 +79,7 @@ registers: $(STAMP).built ## what each CUDA kernel uses; an error where a hot on
 
 .PHONY: gpu
 gpu: ## on a machine with a CUDA GPU: build, test, sanitize, measure; ARGS="build test"
-	@$(PYTHON) benchmarks/gpu.py $(ARGS)
+	@$(PYTHON) -m benchmarks.harness.gpu $(ARGS)
 
 # One wheel for each Python and each major version of CUDA: the local version tells them apart.
 wheel: $(STAMP).packages ## dist/*.whl for this Python and processor, with CUDA where nvcc is

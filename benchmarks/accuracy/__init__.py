@@ -1,0 +1,1 @@
+"""What training reaches: in which time, and over several seeds."""

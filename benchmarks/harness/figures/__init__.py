@@ -1,0 +1,1 @@
+"""The figures of README.md and docs/, as text from the tracked results."""

@@ -1,0 +1,1 @@
+"""How fast a training step, its kernels and its memory are, beside backprop."""

@@ -4,8 +4,15 @@ import itertools
 
 import pytest
 import torch
+from helpers.kernels import (
+    DTYPES,
+    KINDS,
+    REFUSED,
+    needs_bfloat16,
+    needs_extension,
+    saved_and_derivative,
+)
 from helpers.networks import assert_close, randn
-from test_ops import DTYPES, KINDS, REFUSED, needs_bfloat16, needs_extension, saved_and_derivative
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdfa import ops

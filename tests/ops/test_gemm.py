@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers.formulas import ACTIVATIONS
+from helpers.kernels import FROM_OUTPUT, KINDS, REFUSED, needs_bfloat16, needs_extension
 from helpers.networks import (
     assert_close,
     blockwise_gradients,
@@ -17,7 +18,6 @@ from helpers.networks import (
     randn,
     step,
 )
-from test_ops import FROM_OUTPUT, KINDS, REFUSED, needs_bfloat16, needs_extension
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode

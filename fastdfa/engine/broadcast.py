@@ -183,7 +183,7 @@ class Broadcast:
 
     def begin(self, sent: Tensor | Projected) -> None:
         """Keeps what is projected until the end of the backward pass that runs."""
-        self.sent = sent
+        self.send(sent)
         Variable._execution_engine.queue_callback(self.end)
 
     def send(self, sent: Tensor | Projected) -> None:

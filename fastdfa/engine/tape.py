@@ -261,8 +261,9 @@ class Tape:
         return broadcast
 
     def unsaved(self, h: Tensor) -> Tensor:
-        """Returns the output of a layer that has kept nothing for its backward; see `saves`."""
-        raise NotImplementedError
+        """Returns the output of a layer that has kept nothing for its backward; only a tape that
+        saves nothing is asked."""
+        raise AssertionError("a tape that saves what layers need has no unsaved output")
 
     def mode(self) -> AbstractContextManager[Any]:
         """Returns the context in which a pass of this tape runs."""

@@ -1,8 +1,8 @@
 """Chooses who multiplies in the fused layers: this library (csrc/gemm.h), or torch.mm.
 
 On Zen 4 these kernels are ahead of `torch.mm` (MKL) but in a single small product, and level with
-oneDNN from 512 wide on: benchmarks/one_core.py. On Zen 3 they are level with MKL one by one, and a
-step takes 0.86 to 0.97 of its time. On Zen 5, MKL ran at half of oneDNN's rate.
+oneDNN from 512 wide on: benchmarks/speed/one_core.py. On Zen 3 they are level with MKL one by one,
+and a step takes 0.86 to 0.97 of its time. On Zen 5, MKL ran at half of oneDNN's rate.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ class Program(Operation):
     tail: tuple | None = None  # what is behind the tap
     outputs: int | None = None  # of the tail
     sequential: bool = True
-    rule: fastdfa.Feedback = fastdfa.Feedback(seed=1)  # noqa: RUF009
+    rule: fastdfa.Feedback = fastdfa.Feedback(seed=1)  # noqa: RUF009 (frozen, so it may be shared)
     signal: str = "error"
     raw: bool = False
     batches: tuple = (3,)

@@ -24,10 +24,11 @@ from ..dfa import DFA, backprop
 from ..engine.broadcast import as_matrix
 from ..engine.finish import check_output, sent_by
 from ..engine.layers import CutLayer
-from ..engine.nodes import Edge, gate_reads, samples_as_rows
+from ..engine.nodes import gate_reads, samples_as_rows
 from ..engine.plan import feedback_at, lay_out, product_of
 from ..engine.root import Root, names_in
-from ..engine.tape import Point, Run, Tape, state
+from ..engine.tape import Point, Run, state
+from ..engine.uncut import UncutTape
 from ..layerwise import LayerFeedback
 from . import plots, table
 from .untouched import left_as_it_was, parameters_of, roots_of, unwrapped
@@ -204,24 +205,26 @@ class _Cut(NamedTuple):
     reads: Tensor | None  # what the gate of the run reads
 
 
-class _UncutPass(Tape):
-    """Notes in a forward pass where training would cut, and goes on with the history.
+class _UncutPass(UncutTape):
+    """Finds the error and the true gradients of an uncut pass; its gradient can be blocked where
+    training would cut: then the network is cut after all."""
 
-    What a layer reads is a copy, whose gradient can be blocked: then the network is cut after all.
-    """
-
-    looks_ahead = False  # the output of every layer is a tensor with a gradient
-    cuts = False
     root: DFA
     error: Tensor  # known once it has received its gradients
 
     def __init__(self, root: DFA) -> None:
-        super().__init__(root, [], root.install_tap())
-        self.found: dict[int, _Cut] = {}  # by the id of the tensor
-        self.blocked: list[bool] = []  # not empty: yes. The hooks must not hold self
+        blocked: list[bool] = []  # not empty: yes. The hooks must not hold self
+        super().__init__(
+            root,
+            [],
+            root.install_tap(),
+            lambda _, gradient: torch.zeros_like(gradient) if blocked else None,
+        )
+        self.blocked = blocked
+        self.cuts_at: list[_Cut] = []  # of each point
         self.output: Tensor | None = None
         self.output_edge: GradientEdge | None = None
-        self.true: list[Tensor] = []  # gradients, of each of `found`
+        self.true: list[Tensor] = []  # gradients, of each point
         self.feedback: list[Tensor] = []
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -232,21 +235,12 @@ class _UncutPass(Tape):
         self.inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
         return self.root.run(self, args, kwargs)
 
-    def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
-        if any(x is given for given in self.inputs):
-            return x
-        if id(x) not in self.found:
-            run, place = self.made.get(id(x), (None, 0))
-            point = Point(layer, x, x, None, None, 0, rows, features, None)
-            reads = None if run is None else gate_reads(x)
-            self.found[id(x)] = _Cut(point, get_gradient_edge(x), run, place, reads)
-        # No view: modified in place, it would take the history of x round the hook.
-        copy, blocked = x.clone(), self.blocked
-        copy.register_hook(lambda gradient: torch.zeros_like(gradient) if blocked else None)
-        return copy
-
-    def read(self, x: Tensor, edge: Edge | None) -> None:
-        pass  # nothing looks for bypasses
+    def noted(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Point:
+        run, place = self.made.get(id(x), (None, 0))
+        point = super().noted(layer, x, rows, features)
+        reads = None if run is None else gate_reads(x)
+        self.cuts_at.append(_Cut(point, get_gradient_edge(x), run, place, reads))
+        return point
 
     def end(self, y: Any) -> Any:
         check_output(y, self.root.output)
@@ -256,7 +250,7 @@ class _UncutPass(Tape):
         return y
 
     def edges(self) -> list[GradientEdge]:
-        return [each.edge for each in self.found.values()]
+        return [each.edge for each in self.cuts_at]
 
     def receive(self, gradients: Iterator[Tensor | None]) -> None:
         """Takes the error and the true gradients, in the order of the output and of `edges`."""
@@ -264,13 +258,13 @@ class _UncutPass(Tape):
         if error is None:
             raise ValueError("loss_fn must depend on the output of the DFA, and it does not")
         self.error = error
-        for each in self.found.values():
+        for each in self.cuts_at:
             gradient = next(gradients)
             self.true.append(torch.zeros_like(each.point.tensor) if gradient is None else gradient)
 
     def measure(self, prefix: str, gated: bool) -> list[PointAlignment]:
         """Makes the feedback, and returns the alignment of every point."""
-        points = [each.point for each in self.found.values()]
+        points = [each.point for each in self.cuts_at]
         names = self.root.names_of_points([point.layer for point in points])
         self.feedback = self._feedback(points, names)
         gradients = list(zip(self.true, self.feedback, strict=True))
@@ -283,7 +277,7 @@ class _UncutPass(Tape):
                 self._cosines(*pair),
                 self._gated(each, *pair) if gated else None,
             )
-            for name, each, pair in zip(names, self.found.values(), gradients, strict=True)
+            for name, each, pair in zip(names, self.cuts_at, gradients, strict=True)
         ]
 
     def _feedback(self, points: list[Point], names: list[str]) -> list[Tensor]:
@@ -294,7 +288,7 @@ class _UncutPass(Tape):
         try:
             layout = lay_out(points, names, error, root.columns(error.shape[-1]))
             root.planner.layout = layout
-            pairs = zip(points, root.bank.settle(layout), strict=True)
+            pairs = zip(points, root.bank.settle(root.read_seed(), layout), strict=True)
             projected = root.projector is not None
             products = [
                 product_of(point, error, each, root.bank, layout, projected)
@@ -392,7 +386,7 @@ def _weight_cosines(
     sent: list[Tensor] = [torch.ones_like(loss)]
     for each in passes:
         each.blocked.append(True)
-        found = each.found.values()
+        found = each.cuts_at
         tensors = [cut.point.tensor for cut in found]
         outputs += [x if x.is_leaf else cut.edge for x, cut in zip(tensors, found, strict=True)]
         sent += each.feedback
@@ -511,7 +505,7 @@ def _check(loss: Any, passes: dict[str, _UncutPass]) -> None:
         where = f"the DFA {name!r}" if name else "the DFA"
         if each.output is None:
             raise ValueError(f"model must call {where} once, with gradients enabled; it did not")
-        if not each.found:
+        if not each.cuts_at:
             raise ValueError(f"model must have feedback points, and {where} has none")
         if each.output.numel() == 0:
             raise ValueError(f"x must hold at least one row, got none for {where}")

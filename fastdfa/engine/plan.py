@@ -133,14 +133,18 @@ def feedback_at(broadcast: Broadcast, number: int, point: Point) -> Tensor:
 
 
 def what_is_read(point: Point, rows: int) -> Tensor:
-    """Returns what a point reads, [M, n_l]; of its positions the sum over the square root of their
-    number, which is what its feedback is to each (see `nodes.Token`)."""
-    h = point.tensor.detach()
-    if point.features is None:
-        return h.reshape(rows, -1)
-    leading = 1 if point.rows is None else point.rows
-    h = h.movedim(point.features, leading).flatten(leading + 1)
-    return h.sum(-1).div(h.shape[-1] ** 0.5).reshape(rows, -1)
+    """Returns what a point reads, [M, n_l]."""
+    return in_rows(point.tensor.detach(), rows, point.rows, point.features)
+
+
+def in_rows(x: Tensor, rows: int, leading: int | None, features: int | None) -> Tensor:
+    """Returns what is at a point, or its gradient, as [M, n_l]: of its positions the sum over the
+    square root of their number, which is what its feedback is to each (see `nodes.Token`)."""
+    if features is None:
+        return x.reshape(rows, -1)
+    leading = 1 if leading is None else leading
+    x = x.movedim(features, leading).flatten(leading + 1)
+    return x.sum(-1).div(x.shape[-1] ** 0.5).reshape(rows, -1)
 
 
 def features_of(point: AnyPoint, name: str, y: Tensor) -> int:

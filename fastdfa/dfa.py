@@ -14,18 +14,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .engine import sharding, whole
+from .engine.anchor import AnchorTape
 from .engine.finish import ONE_ERROR, finish, low_of, sender_of, take_target
 from .engine.plan import names_of
 from .engine.planner import Planner
 from .engine.root import Root, exporting
 from .engine.tape import Tape, state
 from .feedback import rule as rules
+from .feedback.anchors import Anchors
 from .feedback.bank import Bank, Layout
 from .feedback.rule import Feedback
-from .matrices import Compression, Learning, Matrices, Rule, learning_of
+from .matrices import SHARED, Compression, Learning, Matrices, Rule, learning_of
 from .nn.converted import Conversion
 from .nn.point import cut_modules
+from .ops import capture
 from .ops.reference import accumulation_dtype
+from .ops.typed import uncompiled
 from .projectors import Projector
 
 
@@ -49,7 +53,7 @@ class DFA(Root):
             all points, of which each takes its first n_l columns, or a dict of B_l [C, n_l] by the
             names of points, in the dtype of the network. They are parameters that do not require
             grad, and in the checkpoint. Of the rule, distribution, scale, density, `shared` and
-            `dense` are without effect then.
+            `dense` are without effect then. With `Feedback(anchor=)` they are where B begins.
         projector: what makes e B in place of this library, such as an optical processor
             (`fastdfa.projectors`): it takes the signal [M, C] in float32 or float64, and returns
             its product with a B of its own, [M, >= n_max], or a future of it, for which the first
@@ -115,6 +119,8 @@ class DFA(Root):
         self.register_parameter("compression", None)
         self.projector = projector
         self._cut = cut
+        self.anchors: Anchors | None = None
+        self._set_anchors(rule)
         self._reset()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,6 +138,8 @@ class DFA(Root):
             return self.module(*args, **kwargs)
         if state.instead and self in state.instead:
             return state.instead[self](args, kwargs)
+        if self.anchors is not None and self._is_anchor(self.anchors):
+            return self._anchored(self.anchors, args, kwargs)
         if len(args) == 1 and not kwargs and self._may_be_whole():
             found = self.planner.whole(self, *args)
             if found is not None:
@@ -141,8 +149,7 @@ class DFA(Root):
                 sender = sender_of(self, plan.layout, args[0].device, classes, target)
                 return whole.forward(network, plan, *args, sender)
         sharded = not torch.compiler.is_compiling() and sharding.watch_sharded_blocks(self.module)
-        inputs = [x for x in tree_leaves((args, kwargs)) if _requires_grad(x)]
-        tape = Tape(self, inputs, self.install_tap())
+        tape = Tape(self, _inputs(args, kwargs), self.install_tap())
         # The weights of a sharded layer are there when it is called.
         tape.looks_ahead = self.looks_ahead and not sharded and self.projector is None
         return self.run(tape, args, kwargs)
@@ -150,6 +157,21 @@ class DFA(Root):
     def _may_be_whole(self) -> bool:
         plain = self.learning is None and self.projector is None and self.output is None
         return plain and self.looks_ahead and not torch.compiler.is_compiling()
+
+    @uncompiled
+    def _is_anchor(self, anchors: Anchors) -> bool:
+        """Counts a training pass, and returns whether it runs uncut; not traced, as it changes."""
+        capture.refuse(
+            "a CUDA graph was being captured when a DFA with anchored feedback was called, of "
+            "which some passes run uncut: capture with model.feedback = replace(..., anchor=None)"
+        )
+        return anchors.due()
+
+    @uncompiled
+    def _anchored(self, anchors: Anchors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = _inputs(args, kwargs)
+        tape = AnchorTape(self, self.planner, anchors, inputs, self.install_tap())
+        return self.run(tape, args, kwargs)
 
     def run(self, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns the module's output, of a forward pass that writes on this tape."""
@@ -171,12 +193,38 @@ class DFA(Root):
 
     @property
     def feedback(self) -> Feedback:
-        """Returns the rule."""
+        """Returns the rule. A new one that has no `anchor` leaves B as it was fitted before."""
         return self.bank.rule
 
     @feedback.setter
     def feedback(self, rule: Feedback) -> None:
+        self._set_anchors(rule)
         self.bank.rule = rule
+
+    def _set_anchors(self, rule: Feedback) -> None:
+        """Makes what counts and fits, where a rule has anchors."""
+        if rule.anchor is None:
+            self.anchors = None
+            return
+        if self.learning is not None or self.projector is not None:
+            other = "one that learns otherwise" if self.projector is None else "a projector's"
+            raise ValueError(f"anchor fits B, and so cannot go with {other}; got {rule}")
+        if self.matrices is None:
+            self.matrices = self.bank.matrices = Matrices({})
+        elif SHARED in self.matrices:
+            raise ValueError(
+                "anchor fits a B for each point: matrices must be a dict, got a tensor"
+            )
+        if self.anchors is None:
+            self.anchors = Anchors(rule.anchor)
+        self.anchors.every = rule.anchor
+
+    @property
+    def explained(self) -> dict[str, float]:
+        """Returns, for every point that anchors have fitted, the share of the true gradient that
+        its B can explain: 1 - |g - e B|^2 / |g|^2 over the passes so far. Where it is small,
+        calibration does not help; `cut` may leave that point open."""
+        return {} if self.anchors is None else self.anchors.explained(self.feedback_points)
 
     @property
     def cut(self) -> str | int | Sequence[str]:
@@ -246,6 +294,8 @@ class DFA(Root):
             ValueError, TypeError: for a rule that is none, or with a signal of other columns than
                 the error's or a projector; for a rule with a target where B is of low rank.
         """
+        if self.anchors is not None:
+            raise ValueError(f"learn_feedback needs a B without anchors, got {self.feedback}")
         chosen = learning_of(rule, compression, self.feedback.rank)
         layout = self.planner.layout
         if layout is None or not layout.points:
@@ -271,7 +321,7 @@ class DFA(Root):
         self.learning = chosen if moves or chosen.rule is not None else None
         self._reset()
         self.planner.layout = layout
-        self.bank.settle(layout)
+        self.bank.settle(self.read_seed(), layout)
         learnt = [self.matrices.of(name) for name in self.feedback_points]
         if moves and self.compression is not None:
             learnt.append(self.compression)
@@ -302,6 +352,11 @@ class DFA(Root):
     def _low_as(self, layout: Layout, matrix: Tensor) -> Tensor:
         """Returns Q for this P, of its dtype."""
         return low_of(self, layout.classes, matrix.device).to(matrix.dtype)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.anchors is not None and self.matrices is not None:  # which know no sizes yet
+            _make_room(self, self.anchors, self.matrices, state, prefix)
+        super()._load_from_state_dict(state, prefix, *args)
 
     # What is found in the modules, and found again where they have changed.
 
@@ -385,8 +440,25 @@ def _tap(module: nn.Module, args: Any, output: Any) -> Any:
     return tape.tapped
 
 
-def _requires_grad(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
+def _make_room(
+    root: DFA, anchors: Anchors, matrices: Matrices, state: dict[str, Any], prefix: str
+) -> None:
+    """Makes what anchors fit, where a checkpoint has it and the root does not yet."""
+    device = next((p.device for p in root.module.parameters()), None)
+    begins = f"{prefix}matrices."
+    for name, value in state.items():
+        if name.startswith(begins):
+            key = name.removeprefix(begins)
+            if key not in matrices:
+                matrices.add(key, torch.zeros_like(value, device=device))
+            if f"{prefix}anchors.fits.{key}.second" in state:
+                anchors.make_room(key, matrices.of(key))
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Returns the tensors among the arguments that require grad."""
+    leaves = tree_leaves((args, kwargs))
+    return [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
 
 
 def _check_tap(module: nn.Module, output: str | None) -> None:

@@ -143,7 +143,7 @@ def _name(rule: Rule | None) -> str:
 class Matrices(nn.ParameterDict):
     """Holds B [C, >= n_max] for all points, or B_l [C, n_l] by the names of points; scaled already.
 
-    In the names of parameters a slash stands for the dot, which torch does not allow there.
+    In the names of parameters a slash stands for the dot (`key_of`).
     """
 
     def __init__(self, given: Tensor | Mapping[str, Tensor]) -> None:
@@ -157,14 +157,18 @@ class Matrices(nn.ParameterDict):
             _check_matrix(name, matrix)
         super().__init__(
             {
-                _key(name): nn.Parameter(matrix.detach().clone(), False)
+                key_of(name): nn.Parameter(matrix.detach().clone(), False)
                 for name, matrix in given.items()
             }
         )
 
+    def add(self, name: str, matrix: Tensor) -> None:
+        """Adds the matrix of another point."""
+        self[key_of(name)] = nn.Parameter(matrix, False)
+
     def of(self, name: str) -> nn.Parameter:
         """Returns the matrix of a point."""
-        matrix: nn.Parameter = self[SHARED if SHARED in self else _key(name)]
+        matrix: nn.Parameter = self[SHARED if SHARED in self else key_of(name)]
         return matrix
 
     def version(self) -> tuple[object, ...]:
@@ -173,12 +177,16 @@ class Matrices(nn.ParameterDict):
         return tuple((matrix.data_ptr(), matrix.dtype) for matrix in self.values())
 
     def check(
-        self, rows: int, points: Sequence[tuple[str, int, torch.dtype, torch.device]]
+        self,
+        rows: int,
+        points: Sequence[tuple[str, int, torch.dtype, torch.device]],
+        spare: bool = False,
     ) -> None:
         """Raises a ValueError or TypeError unless every point (name, n_l, dtype, device) has one
-        that fits, with `rows` rows."""
+        that fits, with `rows` rows; there may be others only where they are `spare`."""
         expected = {name: f"[{rows}, {features}]" for name, features, *_ in points}
-        if SHARED not in self and set(self) != {_key(name) for name in expected}:
+        fits = set(self).issuperset if spare else set(self).__eq__
+        if SHARED not in self and not fits({key_of(name) for name in expected}):
             names = ", ".join(name.replace("/", ".") for name in self)
             raise ValueError(
                 f"matrices must have one for each feedback point, {expected}, got {names or 'none'}"
@@ -203,7 +211,8 @@ class Matrices(nn.ParameterDict):
                 )
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
+    """Returns the name of a point as that of a parameter or module, where no dot may stand."""
     return name.replace(".", "/")
 
 

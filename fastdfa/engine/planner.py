@@ -69,7 +69,8 @@ class Planner:
         if not points:
             return Plan(key, layout, self.drawn(root), [], [], Alike.of([]), {})
         self._remember(*layout)
-        settled, projected = root.bank.settle(layout), root.projector is not None
+        settled = root.bank.settle(root.read_seed(), layout)
+        projected = root.projector is not None
         products = [
             plan.product_of(point, y, each, root.bank, layout, projected)
             for point, each in zip(points, settled, strict=True)
@@ -84,7 +85,7 @@ class Planner:
         self, root: TrainedRoot, layout: Layout, products: list[Product], key: Any = None
     ) -> Plan:
         """Returns a plan of these products, with the matrices that they multiply by."""
-        pairs = zip(root.bank.settle(layout), products, strict=True)
+        pairs = zip(root.bank.settle(root.read_seed(), layout), products, strict=True)
         dense = [self.dense(root, layout, settled, product) for settled, product in pairs]
         return Plan(key, layout, self.drawn(root), products, dense, Alike.of(products), {})
 
@@ -136,8 +137,9 @@ class Planner:
             for name, (stage, _) in zip(names, pairs, strict=True)
         )
         layout = Layout(root.columns(len(head.weight)), sizes)
+        settled = root.bank.settle(root.read_seed(), layout)
         products = [
             Product(stage.gate, each.scale, each.stream, each.size.features, (), *network.memory)
-            for (stage, _), each in zip(pairs, root.bank.settle(layout), strict=True)
+            for (stage, _), each in zip(pairs, settled, strict=True)
         ]
         return self.with_products(root, layout, products, key)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..matrices import SHARED, Matrices
+from ..matrices import SHARED, Matrices, key_of
 from ..ops.reference import accumulation_dtype
 from ..ops.typed import constant
 from .rule import LOW_RANK_STREAM, DenseCache, Feedback, Source, fits_dense, hash_of
@@ -67,14 +67,16 @@ class Bank:
         """Forgets the sizes, as modules have changed."""
         self.layout: Layout | None = None
 
-    def settle(self, layout: Layout) -> list[Settled]:
+    def settle(self, seed: int, layout: Layout) -> list[Settled]:
         """Returns what settles the B of every point.
+
+        Where they are fitted by anchors, B of points that have none yet are drawn.
 
         Raises:
             ValueError, TypeError: where a size is not as in earlier passes, or a given matrix does
                 not fit.
         """
-        scales, streams = self._settle(*layout)
+        scales, streams = self._settle(seed, *layout)
         return [Settled(*each) for each in zip(layout.points, scales, streams, strict=True)]
 
     # What is settled once, outside the traced graph: a compiled step sees constants, guarded by
@@ -82,14 +84,17 @@ class Bank:
 
     @constant
     def _settle(
-        self, classes: int, points: tuple[Size, ...]
+        self, seed: int, classes: int, points: tuple[Size, ...]
     ) -> tuple[tuple[float, ...], tuple[int, ...]]:
         """Returns scale and stream of every point."""
         layout, rule = Layout(classes, tuple(Size(*point) for point in points)), self.rule
+        anchored = rule.anchor is not None
+        if anchored and self.matrices is not None:
+            self._complete(self.matrices, seed, layout)
         if layout != self.layout:
             _check_same_features(self.layout, layout)
             if self.matrices is not None:
-                self.matrices.check(rule.rows(classes), points)
+                self.matrices.check(rule.rows(classes), points, spare=anchored)
         self.layout = layout
         if self.matrices is not None:
             shared = SHARED in self.matrices
@@ -152,6 +157,14 @@ class Bank:
         """Returns the scaled B_l of a point, or P_l where B = Q P."""
         if self.matrices is not None:
             return self.matrices.of(size.name).detach()[:, : size.features]
+        return self._drawn(seed, layout, size)
+
+    def _complete(self, matrices: Matrices, seed: int, layout: Layout) -> None:
+        for size in layout.points:
+            if key_of(size.name) not in matrices:
+                matrices.add(size.name, self._drawn(seed, layout, size))
+
+    def _drawn(self, seed: int, layout: Layout, size: Size) -> Tensor:
         rule, classes = self.rule, layout.classes
         settings = (rule.stream(size.name), rule.distribution, rule.density)
         source = Source(seed, *settings, accumulation_dtype(size.dtype), size.device)

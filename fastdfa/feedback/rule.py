@@ -59,6 +59,12 @@ class Feedback:
         density: the share of B's entries that are not zero, drawn at random; these are larger by
             1/sqrt(density), so that the deviation stays (arXiv 1903.02083).
         seed: 0 to 2**63 - 1; None draws one from torch's generator when the `DFA` is made.
+        anchor: every so many training passes, and at the first, 2nd, 3rd, 5th, 9th, ... before
+            those, one runs uncut: an ordinary step of backprop, which fits every B_l to the true
+            gradients that it sees, by least squares over the passes so far. Between them z B_l is
+            the feedback, as long as the true gradient on average (`fastdfa.feedback.anchors`). Of
+            the rule, distribution, scale, shared and density only draw the B that is there before
+            anything is fitted. None never does.
         dense: True keeps B in memory, False generates it inside the kernels at each step; None
             keeps it up to 256 MiB. The numbers are the same, to rounding.
 
@@ -75,6 +81,7 @@ class Feedback:
     dense: bool | None = None
     rank: int | None = None
     density: float = 1.0
+    anchor: int | None = None
 
     def __post_init__(self) -> None:
         _check_choice("distribution", self.distribution, ops.DISTRIBUTIONS)
@@ -84,10 +91,18 @@ class Feedback:
         _check_type("dense", self.dense, (bool, type(None)))
         _check_scale(self.scale)
         _check_seed(self.seed)
-        _check_rank(self.rank)
+        _check_positive("rank", self.rank)
+        _check_positive("anchor", self.anchor)
         _check_density(self.density)
         if self.density < 1 and self.dense is False:
             raise ValueError("density below 1 needs a B in memory, got dense=False")
+        if self.anchor is not None and self.dense is False:
+            raise ValueError("anchor fits a B that is in memory, got dense=False")
+        if self.anchor is not None and self.error == "sum":
+            raise ValueError(
+                "anchor fits B to the true gradient, which error='sum' would multiply: expected "
+                "error='mean'"
+            )
 
     @property
     def sends(self) -> Signal:
@@ -252,10 +267,10 @@ def _check_seed(seed: object) -> None:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
 
 
-def _check_rank(rank: Any) -> None:
-    _check_type("rank", rank, (int, type(None)))
-    if isinstance(rank, bool) or (rank is not None and rank < 1):
-        raise ValueError(f"rank must be a positive int or None, got {rank}")
+def _check_positive(name: str, value: Any) -> None:
+    _check_type(name, value, (int, type(None)))
+    if isinstance(value, bool) or (value is not None and value < 1):
+        raise ValueError(f"{name} must be a positive int or None, got {value}")
 
 
 def _check_density(density: object) -> None:

@@ -136,7 +136,7 @@ class UpdatingPass(Tape):
         super().__init__(root, [], root.install_tap())
         self.call, self.known, self.updates, self.error = call, known, updates, error
         root.planner.layout = known.layout
-        self.settled = root.bank.settle(known.layout)
+        self.settled = root.bank.settle(root.read_seed(), known.layout)
         self.target, self.learning = take_target(root), root.learning
         self.products: list[Product] = []
         self.dense: list[Tensor | None] = []

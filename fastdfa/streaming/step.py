@@ -190,6 +190,13 @@ class StreamingStep:
             raise RuntimeError("a StreamingStep was called with gradients disabled")
         if state.tape is not None or state.instead:
             raise RuntimeError("a StreamingStep was called inside a DFA or inside another step")
+        if self.root.anchors is not None:
+            raise ValueError(
+                "a StreamingStep has no pass that runs uncut, by which anchored feedback is "
+                "fitted: expected Feedback(anchor=None), got "
+                f"anchor={self.root.anchors.every}. Fit in ordinary steps first, then set "
+                "model.feedback = replace(model.feedback, anchor=None), which keeps B"
+            )
         if any(self.root is root for root in state.true_gradients):
             raise RuntimeError(
                 "a StreamingStep was called inside fastdfa.backprop(model): true gradients need "

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from types import NoneType
 from typing import Any, Literal, overload
 
 from torch import jit, nn
@@ -232,7 +231,7 @@ def _output_is_watched(layer: nn.Module) -> bool:
 
 
 def _plan_blocks(model: nn.Module, blocks: Any, point: FeedbackPoint | None) -> Conversion:
-    if not isinstance(point, (FeedbackPoint, NoneType)):
+    if point is not None and not isinstance(point, FeedbackPoint):
         raise TypeError(f"point must be a FeedbackPoint, got {type(point).__name__}")
     matching: set[nn.Module] = set()
     for selector in _selectors(blocks):

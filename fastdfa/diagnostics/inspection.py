@@ -104,12 +104,13 @@ def inspect(
             makes gradients infinite or NaN.
     """
     model = unwrapped(model)
-    roots = roots_of(model)
+    roots, parameters = roots_of(model), parameters_of(model)
     with left_as_it_was(model):
         sources: list[_Source] = []
         output = _forward(model, args, kwargs, roots, sources)
-        reach = _Reach(parameters_of(model), _begin(output, loss), sources)
-    rows = tuple(reach.row(name) for name in reach.parameters)
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        reached, zero = _reached(_begin(output, loss), trained, sources)
+    rows = tuple(_row(name, p, reached, name in zero) for name, p in parameters.items())
     nothing = [row.name for row in rows if row.source == "nothing" and not row.frozen]
     if nothing:
         warnings.warn(
@@ -117,18 +118,20 @@ def inspect(
             "feedback nor a true gradient reaches them: is what they make detached, or unused?",
             stacklevel=2,
         )
+    fed = {row.name for row in rows if row.points}
     for root in roots.values():
-        alone = reach.by_output(root) - {row.name for row in rows if row.points}
-        parameters = [reach.parameters[name] for name in alone]
-        bypass.warn_above_the_last_point(root, parameters, stacklevel=3)
+        by_output = [reached[s] for s in sources if s.root is root and s.point is None]
+        alone = set().union(*by_output) - fed
+        bypass.warn_above_the_last_point(root, [parameters[name] for name in alone], stacklevel=3)
     return Inspection(rows)
 
 
 @dataclasses.dataclass(eq=False)
 class _Source:
-    """Sends gradients: a point of a root or, without a name, the root's output."""
+    """Sends gradients: a point of a root or, without a name, the root's output; without a root,
+    what is behind the outputs of all."""
 
-    root: DFA
+    root: DFA | None
     point: str | None
     sends: float | None = None  # in place of its gradients; None: what they are
 
@@ -180,63 +183,50 @@ class _MarkedBroadcast(Broadcast):
         return made, [source.send(total) for source, total in zip(sources, sums, strict=True)]
 
 
-class _Reach:
-    """Finds which sources reach which parameters, by one backward pass each from `outputs`."""
+def _reached(
+    outputs: list[Tensor], trained: dict[str, nn.Parameter], sources: list[_Source]
+) -> tuple[dict[_Source, set[str]], set[str]]:
+    """Returns the names of the parameters that every source reaches, by a backward pass for each,
+    and of those whose gradient is zero."""
 
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], outputs: list[Tensor], sources: list[_Source]
-    ) -> None:
-        self.parameters = parameters
-        self.trained = {name: p for name, p in parameters.items() if p.requires_grad}
-        self.outputs = outputs
-        # As of a mean over rows, so that half precision neither overflows nor vanishes.
-        errors = [torch.randn_like(y) / max(y.shape[:-1].numel(), 1) for y in outputs]
-        plain = self._backward(errors)
-        _check_finite(plain)
-        self.zero = {name for name, gradient in plain.items() if not gradient.any()}
-        for source in sources:
-            source.sends = 0.0
-        self.reached: dict[_Source, set[str]] = {}
-        for source in sources:
-            source.sends = math.nan
-            self.reached[source] = self._turned_nan(errors)
-            source.sends = 0.0
-        # By what is behind the outputs of the roots.
-        self.behind = self._turned_nan([torch.full_like(y, math.nan) for y in outputs])
-
-    def row(self, name: str) -> Row:
-        parameter = self.parameters[name]
-        found = dict.fromkeys(s.point for s, reached in self.reached.items() if name in reached)
-        return Row(
-            name,
-            tuple(parameter.shape),
-            tuple(point for point in found if point is not None),
-            true_gradient=None in found or name in self.behind,
-            frozen=not parameter.requires_grad,
-            zero=name in self.zero,
-        )
-
-    def by_output(self, root: DFA) -> set[str]:
-        """Returns the names of what the true gradient of a root's output reaches."""
-        pairs = self.reached.items()
-        return set().union(*(names for s, names in pairs if s.root is root and s.point is None))
-
-    def _turned_nan(self, errors: list[Tensor]) -> set[str]:
-        return {name for name, gradient in self._backward(errors).items() if gradient.isnan().any()}
-
-    def _backward(self, errors: list[Tensor]) -> dict[str, Tensor]:
-        """Returns the gradients that come, by name."""
-        if not self.trained:
+    def gradients(errors: list[Tensor]) -> dict[str, Tensor]:
+        if not trained:
             return {}
-        trained = list(self.trained.values())
-        gradients = torch.autograd.grad(
-            self.outputs, trained, errors, retain_graph=True, allow_unused=True
+        found = torch.autograd.grad(
+            outputs, list(trained.values()), errors, retain_graph=True, allow_unused=True
         )
         return {
             name: gradient.coalesce().values() if gradient.is_sparse else gradient
-            for name, gradient in zip(self.trained, gradients, strict=True)
+            for name, gradient in zip(trained, found, strict=True)
             if gradient is not None
         }
+
+    def turned_nan(errors: list[Tensor]) -> set[str]:
+        return {name for name, gradient in gradients(errors).items() if gradient.isnan().any()}
+
+    # As of a mean over rows, so that half precision neither overflows nor vanishes.
+    errors = [torch.randn_like(y) / max(y.shape[:-1].numel(), 1) for y in outputs]
+    plain = gradients(errors)
+    for name, gradient in plain.items():
+        if not gradient.isfinite().all():
+            raise ValueError(
+                f"args must be an input for which gradients are finite; that of {name!r} is not"
+            )
+    for source in sources:
+        source.sends = 0.0
+    reached: dict[_Source, set[str]] = {}
+    for source in sources:
+        source.sends = math.nan
+        reached[source] = turned_nan(errors)
+        source.sends = 0.0
+    reached[_Source(None, None)] = turned_nan([torch.full_like(y, math.nan) for y in outputs])
+    return reached, {name for name, gradient in plain.items() if not gradient.any()}
+
+
+def _row(name: str, p: nn.Parameter, reached: dict[_Source, set[str]], zero: bool) -> Row:
+    found = dict.fromkeys(source.point for source, names in reached.items() if name in names)
+    points = tuple(point for point in found if point is not None)
+    return Row(name, tuple(p.shape), points, None in found, not p.requires_grad, zero)
 
 
 def _forward(
@@ -274,11 +264,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield leaf
         elif dataclasses.is_dataclass(leaf):
             yield from _tensors(vars(leaf))
-
-
-def _check_finite(gradients: dict[str, Tensor]) -> None:
-    for name, gradient in gradients.items():
-        if not gradient.isfinite().all():
-            raise ValueError(
-                f"args must be an input for which gradients are finite; that of {name!r} is not"
-            )

@@ -59,14 +59,9 @@ def called(model: Callable[..., Any], x: Any) -> Any:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Returns the model itself, so that nothing is compiled, and no process waits for another."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            wrapper: Any = model
-            model = wrapper._orig_mod
-        else:
-            return model
+    wrapper = "module" if isinstance(model, nn.parallel.DistributedDataParallel) else "_orig_mod"
+    inner: Any = getattr(model, wrapper, None)
+    return model if inner is None else unwrapped(inner)
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -169,7 +169,7 @@ class LayerFeedback(Root):
         positions = math.prod(shape[2:])
         return SCALES[self.scale](max(shape[1] * positions, 1), max(shape[0] * positions, 1))
 
-    # In a tuple and as a constant of a compiled step, as `DFA._dense`.
+    # In a tuple and as a constant of a compiled step, as `Bank._dense`.
     @constant
     def _matrix(
         self,

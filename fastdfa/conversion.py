@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from types import NoneType
 from typing import Any, Literal, overload
 
 from torch import jit, nn
@@ -16,18 +15,17 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import activations
 from .dfa import DFA
+from .engine.layers import CutLayer
 from .engine.root import Root
 from .feedback.rule import Feedback
 from .layerwise import RULES, LayerFeedback
-from .nn.converted import BY_RULE, LAYERS, Conversion, Fold
+from .nn.converted import BY_RULE, LAYERS, Conversion, Fold, plain_layers
 from .nn.point import FeedbackPoint, check_no_backward_hooks
 
 __all__ = ["Conversion", "Fold", "convert"]
 
 Selector = type | str
 
-_CUTTING = (*LAYERS.values(), FeedbackPoint)
-_LAYER_LIKE = (nn.Linear, nn.modules.conv._ConvNd)
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, NonDynamicallyQuantizableLinear)
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 # Torch's blocks that have skip connections round their layers.
@@ -133,11 +131,12 @@ def convert(
                      "allow_bypass": allow_bypass or None,
                      "cut": None if cut == "all" else cut}  # fmt: skip
         return _convert_by_layer(model, rule, fold, no_others)
-    if blocks is None:
-        _check_layers(model, point, allow_bypass)
-        conversion = _plan_layers(model, output, fold)
-    else:
+    if blocks is not None:
         conversion = _plan_blocks(model, blocks, point)
+    elif point is not None:
+        raise ValueError("point says how blocks receive feedback, and needs blocks=")
+    else:
+        conversion = _plan_layers(model, output, fold, allow_bypass)
     if not allow_tied:
         _check_tied(model, conversion.blocks)
     # The last that can fail, and before the blocks' hooks: a block that is tapped is not cut.
@@ -166,8 +165,7 @@ def _convert_by_layer(
     for name, value in no_others.items():
         if value is not None:
             raise ValueError(f"{name} is of rule='dfa' alone, got it with rule={rule!r}")
-    _check_visible(model)
-    conversion = _plan_layers(model, None, fold)
+    conversion = _plan_layers(model, None, fold, allow_residual=True)
     conversion.role = BY_RULE
     conversion.apply()
     root = LayerFeedback(model, "backprop" if rule == "shallow" else rule)
@@ -180,18 +178,16 @@ def _convert_by_layer(
 # What is to change.
 
 
-def _plan_layers(model: nn.Module, output: str | None, fold: bool) -> Conversion:
-    layers: dict[str, nn.Module] = {}
-    kept: dict[str, tuple[type, str]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, _LAYER_LIKE) or isinstance(module, _CUTTING):
-            continue
-        reason = _reason_to_keep(module)
-        if reason is None:
-            layers[name] = module
-        else:
-            kept[name] = (type(module), reason)
-    if not layers and not any(isinstance(module, _CUTTING) for module in model.modules()):
+def _plan_layers(
+    model: nn.Module, output: str | None, fold: bool, allow_residual: bool
+) -> Conversion:
+    _check_layers(model, allow_residual)
+    plain = plain_layers(model)
+    reasons = {name: _reason_to_keep(layer) for name, layer in plain.items()}
+    layers = {name: layer for name, layer in plain.items() if reasons[name] is None}
+    kept = {name: (type(plain[name]), why) for name, why in reasons.items() if why is not None}
+    cutting = (CutLayer, FeedbackPoint)
+    if not layers and not any(isinstance(module, cutting) for module in model.modules()):
         raise ValueError(
             f"model holds nothing to convert: no module whose class is one of "
             f"{', '.join(kind.__name__ for kind in LAYERS)} itself, and not a subclass. "
@@ -235,7 +231,7 @@ def _output_is_watched(layer: nn.Module) -> bool:
 
 
 def _plan_blocks(model: nn.Module, blocks: Any, point: FeedbackPoint | None) -> Conversion:
-    if not isinstance(point, (FeedbackPoint, NoneType)):
+    if point is not None and not isinstance(point, FeedbackPoint):
         raise TypeError(f"point must be a FeedbackPoint, got {type(point).__name__}")
     matching: set[nn.Module] = set()
     for selector in _selectors(blocks):
@@ -281,7 +277,7 @@ def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
 
 def _warn_of_bottlenecks(layers: dict[str, nn.Module], output: str | None) -> None:
     """Warns of narrow layers; the last that the model holds gives the size of the error."""
-    inside = [
+    inside: list[tuple[str, Any]] = [
         (name, layer)
         for name, layer in layers.items()
         if output is None or f"{name}.".startswith(f"{output}.")
@@ -289,10 +285,8 @@ def _warn_of_bottlenecks(layers: dict[str, nn.Module], output: str | None) -> No
     for (_, before), (name, layer), (_, behind) in zip(
         inside, inside[1:], inside[2:], strict=False
     ):
-        last = inside[-1][1]
-        if not (isinstance(before, nn.Linear) and isinstance(layer, nn.Linear)):
-            continue
-        if not (isinstance(behind, nn.Linear) and isinstance(last, nn.Linear)):
+        _, last = inside[-1]
+        if not all(isinstance(each, nn.Linear) for each in (before, layer, behind, last)):
             continue
         n, classes = layer.out_features, last.out_features
         in_turn = before.out_features == layer.in_features and n == behind.in_features
@@ -326,23 +320,10 @@ def _check_model(model: Any) -> None:
             )
 
 
-def _check_layers(model: nn.Module, point: Any, allow_bypass: bool) -> None:
-    if point is not None:
-        raise ValueError("point says how blocks receive feedback, and needs blocks=")
-    _check_visible(model)
+def _check_layers(model: nn.Module, allow_residual: bool) -> None:
+    """Raises where there may be layers that cannot be found, or skip connections round them."""
     for name, module in model.named_modules():
-        for kind in _RESIDUAL:
-            if isinstance(module, kind) and not allow_bypass:
-                raise ValueError(
-                    f"{_described(name, module)}: later feedback would pass by its layers along "
-                    f"its skip connections. Cut behind each instead, by blocks=nn.{kind.__name__}"
-                )
-
-
-def _check_visible(model: nn.Module) -> None:
-    """Raises where there may be layers that cannot be found."""
-    for name, module in model.named_modules():
-        what = _described(name, module)
+        what = f"{name or 'the model'!r} is a {type(module).__name__}"
         if isinstance(module, jit.ScriptModule) and any(map(_trainable, module.parameters())):
             raise ValueError(
                 f"{what}: convert cannot see into a scripted module. Name the modules to cut "
@@ -351,10 +332,12 @@ def _check_visible(model: nn.Module) -> None:
         lazy: Any = module
         if isinstance(module, LazyModuleMixin) and lazy.has_uninitialized_params():
             raise ValueError(f"{what} without parameters yet: run the model once, then convert")
-
-
-def _described(name: str, module: nn.Module) -> str:
-    return f"{name or 'the model'!r} is a {type(module).__name__}"
+        for kind in _RESIDUAL:
+            if isinstance(module, kind) and not allow_residual:
+                raise ValueError(
+                    f"{what}: later feedback would pass by its layers along its skip connections. "
+                    f"Cut behind each instead, by blocks=nn.{kind.__name__}"
+                )
 
 
 def _check_block(name: str, block: nn.Module) -> None:

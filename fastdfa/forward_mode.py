@@ -8,8 +8,6 @@ beside the output itself, and d^T p_l is J_l on average, as the p_l do not depen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .dfa import DFA
-from .diagnostics.untouched import roots_of, unwrapped
+from .diagnostics.untouched import called, on_copies_of_buffers, roots_of, unwrapped
 from .engine.finish import check_output
 from .engine.nodes import Edge
 from .engine.plan import what_is_read
@@ -54,10 +52,9 @@ def forward_gradient(model: nn.Module, x: Any) -> None:
         raise ValueError(
             "model must have learning feedback: call learn_feedback('forward_gradient') once"
         )
-    args = x if isinstance(x, tuple) else () if isinstance(x, dict) else (x,)
-    with forward_ad.dual_level(), torch.enable_grad(), _buffers_as_they_were(root):
+    with forward_ad.dual_level(), torch.enable_grad(), on_copies_of_buffers(root):
         tape = _PerturbedPass(root)
-        root.run(tape, args, x if isinstance(x, dict) else {})
+        called(lambda *args, **kwargs: root.run(tape, args, kwargs), x)
         estimates = tape.estimates()
     for name, estimate in estimates.items():
         B = root.matrices.of(name)
@@ -112,20 +109,3 @@ class _PerturbedPass(Tape):
             name: d.t() @ what_is_read(point, self.rows).to(d) / max(self.rows, 1)
             for name, point in zip(names, points, strict=True)
         }
-
-
-@contextmanager
-def _buffers_as_they_were(root: DFA) -> Iterator[None]:
-    buffers = [
-        (module, name, buffer)
-        for module in root.module.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    for module, name, buffer in buffers:
-        module._buffers[name] = buffer.clone()
-    try:
-        yield
-    finally:
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer

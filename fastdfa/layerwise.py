@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
 from .engine.layers import CutLayer
 from .engine.root import Root, exporting, names_in
 from .engine.tape import state
-from .feedback.rule import Feedback, ready_on_every_stream
-from .nn.converted import Conversion
+from .feedback.rule import Feedback, Source, check_scale, hash_of, ready_on_every_stream
+from .nn.converted import Conversion, plain_layers
 from .ops import capture
 from .ops.reference import accumulation_dtype
 from .ops.typed import constant
@@ -29,7 +28,6 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     # As torch initialises a weight, bound 1 / sqrt(fan_in): BioTorch's other choice.
     "torch": lambda fan_in, fan_out: (3 * fan_in) ** -0.5,
 }
-_DRAWN = Feedback(distribution="uniform", shared=False)  # how the B of a layer is
 
 
 class RuleWeight(NamedTuple):
@@ -104,7 +102,7 @@ class LayerFeedback(Root):
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
-        _check_scale(scale)
+        check_scale(scale, SCALES)
         super().__init__(module, Feedback(seed=seed).seed)
         self.rule = rule
         self.scale = scale
@@ -171,7 +169,7 @@ class LayerFeedback(Root):
         positions = math.prod(shape[2:])
         return SCALES[self.scale](max(shape[1] * positions, 1), max(shape[0] * positions, 1))
 
-    # In a tuple and as a constant of a compiled step, as `DFA._dense`.
+    # In a tuple and as a constant of a compiled step, as `Bank._dense`.
     @constant
     def _matrix(
         self,
@@ -186,16 +184,10 @@ class LayerFeedback(Root):
         if key not in self._matrices:
             capture.refuse(capture.MADE_BEFORE.format("make its B"))
             self._matrices = {k: m for k, m in self._matrices.items() if k[0] == seed}
-            matrix = ops.feedback(
-                shape[0],
-                math.prod(shape[1:]),
-                seed=seed,
-                stream=_DRAWN.stream(name),
-                distribution=_DRAWN.distribution,
-                dtype=accumulation_dtype(dtype),
-                device=device,
-            )
-            matrix = matrix.reshape(shape) * self._deviation(shape)
+            dtype_drawn = accumulation_dtype(dtype)
+            source = Source(seed, hash_of(name), "uniform", 1.0, dtype_drawn, device)
+            matrix = source.matrix(shape[0], math.prod(shape[1:])).reshape(shape)
+            matrix *= self._deviation(shape)
             self._matrices[key] = ready_on_every_stream(
                 (matrix.abs() if self.rule == "frsf" else matrix).to(dtype)
             )
@@ -207,26 +199,10 @@ class LayerFeedback(Root):
 
 
 def _warn_of_plain_layers(module: nn.Module) -> None:
-    plain = [
-        name or "module"
-        for name, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))
-        and not isinstance(layer, CutLayer)
-    ]
+    plain = [name or "module" for name in plain_layers(module)]
     if plain:
         warnings.warn(
             f"{', '.join(map(repr, plain))}: no layer of fastdfa, so the gradient of its input is "
             "made with its weight, as in backprop. fastdfa.convert makes fastdfa's of torch's",
             stacklevel=3,
         )
-
-
-def _check_scale(scale: object) -> None:
-    if isinstance(scale, str):
-        if scale not in SCALES:
-            raise ValueError(f"scale must be a number or one of {', '.join(SCALES)}, got {scale!r}")
-        return
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or a name, got {type(scale).__name__}")
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be positive and finite, got {scale}")

@@ -9,7 +9,7 @@ measures what training does, and adds no code to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,15 +25,14 @@ from ..engine.broadcast import as_matrix
 from ..engine.finish import check_output, sent_by
 from ..engine.layers import CutLayer
 from ..engine.nodes import gate_reads, samples_as_rows
-from ..engine.plan import feedback_at, lay_out, product_of
+from ..engine.plan import feedback_at, lay_out, names_of, product_of
 from ..engine.root import Root, names_in
 from ..engine.tape import Point, Run, state
 from ..engine.uncut import UncutTape
 from ..layerwise import LayerFeedback
-from . import plots, table
-from .untouched import left_as_it_was, parameters_of, roots_of, unwrapped
-
-_HEADER = ("point", "rows", "cosine", "std", "degrees", "zero rows")
+from . import plots
+from .table import Report, Table
+from .untouched import called, left_as_it_was, parameters_of, roots_of, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +75,7 @@ class PointAlignment:
 
 
 @dataclass(frozen=True, eq=False)
-class Alignment:
+class Alignment(Report):
     """Holds what `alignment` measured: `points`, from the input up. `[name]` is one of them.
 
     `print` shows a table, `rich.print` the same in colours, `plot` the distribution over rows.
@@ -96,24 +95,18 @@ class Alignment:
                 return point
         raise KeyError(f"no feedback point {name!r}; there are {[p.name for p in self.points]}")
 
-    def __str__(self) -> str:
-        parts = [table.text([_HEADER, *self._cells()])]
+    def _tables(self) -> list[Table]:
+        header = ("point", "rows", "cosine", "std", "degrees", "zero rows")
+        points = [
+            (p.name, str(len(p.cosines)), f"{p.mean:.3f}", f"{p.std:.3f}", f"{p.degrees:.1f}",
+             str(p.zero_rows))
+            for p in self.points
+        ]  # fmt: skip
+        tables = [Table(header, points)]
         if self.weights:
-            parts.append(table.text([("parameter", "cosine"), *self._weight_cells()]))
-        return "\n\n".join(parts)
-
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.table import Table
-
-        tables = [Table(*_HEADER)]
-        for cells in self._cells():
-            tables[0].add_row(*cells)
-        if self.weights:
-            tables.append(Table("parameter", "cosine"))
-            for cells in self._weight_cells():
-                tables[1].add_row(*cells)
-        return Group(*tables)
+            cosines = [(name, f"{cosine:.3f}") for name, cosine in self.weights.items()]
+            tables.append(Table(("parameter", "cosine"), cosines))
+        return tables
 
     def plot(self) -> plots.Figure:
         """Returns a matplotlib figure: the distribution of the cosine over rows, of each point.
@@ -124,16 +117,6 @@ class Alignment:
         figure = plots.figure()
         plots.draw_distributions(figure.subplots(), {p.name: p.cosines for p in self.points})
         return figure
-
-    def _cells(self) -> list[tuple[str, ...]]:
-        return [
-            (p.name, str(len(p.cosines)), f"{p.mean:.3f}", f"{p.std:.3f}", f"{p.degrees:.1f}",
-             str(p.zero_rows))
-            for p in self.points
-        ]  # fmt: skip
-
-    def _weight_cells(self) -> list[tuple[str, str]]:
-        return [(name, f"{cosine:.3f}") for name, cosine in self.weights.items()]
 
 
 def alignment(
@@ -168,22 +151,19 @@ def alignment(
             or that calls a `DFA` other than once; for a loss that is no scalar or does not depend
             on the output of a `DFA`; for gradients that are not finite.
     """
-    check_arguments(model, loss_fn)
-    model = unwrapped(model)
-    root = layer_feedback_of(model)
-    if root is not None:
+    model, roots = checked(model, loss_fn)
+    if isinstance(roots, LayerFeedback):
         if gated:
             raise ValueError("gated compares at the points of a DFA, and model is a LayerFeedback")
-        return _layer_alignment(model, root, loss_fn, x, y, weights)
-    roots = roots_of(model)
+        return _layer_alignment(model, roots, loss_fn, x, y, weights)
+    parameters = _trained(model) if weights else {}
     with left_as_it_was(model), ExitStack() as backward:
         with _instead_of(roots) as passes:
-            loss = loss_fn(_called(model, x), y)
-        _check(loss, passes)
+            loss = loss_fn(called(model, x), y)
+        _check_passes(passes)
+        _check_loss(loss, "DFA")
         for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
             backward.enter_context(torch.autocast(kind, enabled=False))  # as training runs it
-        every = parameters_of(model).items() if weights else ()
-        parameters = {name: p for name, p in every if p.requires_grad}
         true = _true_gradients(loss, passes, parameters)
         prefix = "{}." if len(roots) > 1 else ""  # as `inspect` names them
         measured = [
@@ -191,8 +171,28 @@ def alignment(
             for name, each in passes.items()
             for point in each.measure(prefix.format(name), gated)
         ]
-        cosines = _weight_cosines(loss, list(passes.values()), parameters, true)
-    return Alignment(tuple(measured), cosines)
+        by_feedback = _gradients_by_feedback(loss, passes, parameters)
+    return Alignment(tuple(measured), _weight_cosines(parameters, true, by_feedback))
+
+
+def checked(model: Any, loss_fn: Any) -> tuple[nn.Module, LayerFeedback | dict[str, DFA]]:
+    """Returns the model without what is around it, and its roots.
+
+    Raises:
+        TypeError, ValueError: for arguments that cannot be measured.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
+    model = unwrapped(model)
+    roots = [module for module in model.modules() if isinstance(module, Root)]
+    by_layer = [root for root in roots if isinstance(root, LayerFeedback)]
+    if not by_layer:
+        return model, roots_of(model)
+    if len(roots) > 1:
+        raise ValueError(f"model must hold one LayerFeedback alone, got {len(roots)} roots")
+    return model, by_layer[0]
 
 
 class _Cut(NamedTuple):
@@ -330,7 +330,22 @@ def _unit_rows(rows: Tensor) -> Tensor:
     return rows.div(rows.norm(dim=1, keepdim=True))
 
 
-# The passes of a measurement.
+def _weight_cosines(
+    names: Iterable[str], true: Sequence[Tensor | None], learnt: Sequence[Tensor | None]
+) -> dict[str, float]:
+    """Returns the cosine of each parameter that has both gradients."""
+    return {
+        name: _row_cosines(a.to_dense(), b.to_dense(), 1).item()
+        for name, a, b in zip(names, true, learnt, strict=True)
+        if a is not None and b is not None
+    }
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in parameters_of(model).items() if p.requires_grad}
+
+
+# Of a `DFA`.
 
 
 @contextmanager
@@ -346,161 +361,37 @@ def _instead_of(roots: dict[str, DFA]) -> Iterator[dict[str, _UncutPass]]:
         state.instead, state.true_gradients = instead, true_gradients
 
 
-def _called(model: nn.Module, x: Any) -> Any:
-    if isinstance(x, dict):
-        return model(**x)
-    return model(*x) if isinstance(x, tuple) else model(x)
-
-
 def _true_gradients(
     loss: Tensor, passes: dict[str, _UncutPass], parameters: dict[str, nn.Parameter]
 ) -> list[Tensor | None]:
     """Gives every pass its error and gradients; returns those of the parameters."""
-    edges: list[Any] = []
-    for each in passes.values():
-        edges += (each.output_edge, *each.edges())
+    read: list[Any] = [e for each in passes.values() for e in (each.output_edge, *each.edges())]
+    read += parameters.values()
     gradients = iter(
-        torch.autograd.grad(
-            loss,
-            [*edges, *parameters.values()],
-            retain_graph=bool(parameters),
-            allow_unused=True,
-        )
+        torch.autograd.grad(loss, read, retain_graph=bool(parameters), allow_unused=True)
     )
     for each in passes.values():
         each.receive(gradients)
     return list(gradients)
 
 
-def _weight_cosines(
-    loss: Tensor,
-    passes: list[_UncutPass],
-    parameters: dict[str, nn.Parameter],
-    true: list[Tensor | None],
-) -> dict[str, float]:
-    """Returns the cosine of each parameter that has both gradients; the DFA's comes from a pass
-    that is blocked at every cut."""
+def _gradients_by_feedback(
+    loss: Tensor, passes: dict[str, _UncutPass], parameters: dict[str, nn.Parameter]
+) -> Sequence[Tensor | None]:
+    """Returns the gradients of the parameters from passes that are blocked at every cut."""
     if not parameters:
-        return {}
+        return ()
     outputs: list[Any] = [loss]  # tensors and edges
     sent: list[Tensor] = [torch.ones_like(loss)]
-    for each in passes:
+    for each in passes.values():
         each.blocked.append(True)
-        found = each.cuts_at
-        tensors = [cut.point.tensor for cut in found]
-        outputs += [x if x.is_leaf else cut.edge for x, cut in zip(tensors, found, strict=True)]
+        for cut in each.cuts_at:
+            outputs.append(cut.point.tensor if cut.point.tensor.is_leaf else cut.edge)
         sent += each.feedback
-    by_feedback = torch.autograd.grad(outputs, list(parameters.values()), sent, allow_unused=True)
-    return {
-        name: _cosine(a, b)
-        for name, a, b in zip(parameters, true, by_feedback, strict=True)
-        if a is not None and b is not None
-    }
+    return torch.autograd.grad(outputs, list(parameters.values()), sent, allow_unused=True)
 
 
-def _cosine(a: Tensor, b: Tensor) -> float:
-    a, b = (g.to_dense().reshape(1, -1) for g in (a, b))
-    return (_unit_rows(a) * _unit_rows(b)).sum().item()
-
-
-# Of a `LayerFeedback`.
-
-
-class _LayerPass:
-    """Finds the gradients that a step of a `LayerFeedback` hands to the inputs of its layers."""
-
-    def __init__(self, root: LayerFeedback) -> None:
-        self.edges: dict[str, GradientEdge] = {}  # of every such input, by the name of its point
-        self.output: Any = None
-        self.names = names_in(root.module)
-        self.hooks = [
-            layer.register_forward_pre_hook(self._note)
-            for layer in self.names
-            if isinstance(layer, CutLayer)
-        ]
-        self.hooks.append(root.register_forward_hook(self._note_output))
-
-    def _note(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        if not isinstance(x, Tensor) or not x.requires_grad or x.is_leaf:
-            return
-        edge, name, calls = get_gradient_edge(x), self.names[layer], 1
-        if edge in self.edges.values():  # several layers read one tensor
-            return
-        while (name if calls == 1 else f"{name}#{calls}") in self.edges:
-            calls += 1
-        self.edges[name if calls == 1 else f"{name}#{calls}"] = edge
-
-    def _note_output(self, root: nn.Module, args: Any, output: Any) -> None:
-        if self.output is not None:
-            raise ValueError("model called its LayerFeedback twice; expected one call")
-        check_output(output, None)
-        self.output = output
-
-    def gradients(
-        self, model: nn.Module, loss_fn: Any, x: Any, y: Any, parameters: list[Tensor]
-    ) -> list[Tensor | None]:
-        """Returns the gradient of every edge, then those of the parameters."""
-        try:
-            loss = loss_fn(_called(model, x), y)
-        finally:
-            for hook in self.hooks:
-                hook.remove()
-        if self.output is None:
-            raise ValueError("model must call its LayerFeedback once; it did not")
-        _check_loss(loss, "LayerFeedback")
-        inputs: list[Any] = [*self.edges.values(), *parameters]
-        return list(torch.autograd.grad(loss, inputs, allow_unused=True)) if inputs else []
-
-
-def layer_feedback_of(model: nn.Module) -> LayerFeedback | None:
-    roots = [module for module in model.modules() if isinstance(module, Root)]
-    found = [root for root in roots if isinstance(root, LayerFeedback)]
-    if not found:
-        return None
-    if len(roots) > 1:
-        raise ValueError(f"model must hold one LayerFeedback alone, got {len(roots)} roots")
-    return found[0]
-
-
-def _layer_alignment(
-    model: nn.Module, root: LayerFeedback, loss_fn: Any, x: Any, y: Any, weights: bool
-) -> Alignment:
-    parameters = {n: p for n, p in parameters_of(model).items() if p.requires_grad and weights}
-    found: list[list[Tensor | None]] = []
-    for context in (backprop(model), nullcontext()):
-        with left_as_it_was(model), context:
-            each = _LayerPass(root)
-            found.append(each.gradients(model, loss_fn, x, y, list(parameters.values())))
-    rows = each.output.shape[:-1].numel()
-    true, by_rule = found
-    names = [*each.edges, *parameters]
-    pairs = {
-        name: (a, b)
-        for name, a, b in zip(names, true, by_rule, strict=True)
-        if a is not None and b is not None
-    }
-    points = [
-        PointAlignment(name, _row_cosines(*pairs[name], rows))
-        for name in each.edges
-        if name in pairs
-    ]
-    return Alignment(
-        tuple(points), {name: _cosine(*pairs[name]) for name in parameters if name in pairs}
-    )
-
-
-# Bad input.
-
-
-def check_arguments(model: Any, loss_fn: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
-
-
-def _check(loss: Any, passes: dict[str, _UncutPass]) -> None:
+def _check_passes(passes: dict[str, _UncutPass]) -> None:
     for name, each in passes.items():
         where = f"the DFA {name!r}" if name else "the DFA"
         if each.output is None:
@@ -509,7 +400,6 @@ def _check(loss: Any, passes: dict[str, _UncutPass]) -> None:
             raise ValueError(f"model must have feedback points, and {where} has none")
         if each.output.numel() == 0:
             raise ValueError(f"x must hold at least one row, got none for {where}")
-    _check_loss(loss, "DFA")
 
 
 def _check_loss(loss: Any, root: str) -> None:
@@ -519,3 +409,53 @@ def _check_loss(loss: Any, root: str) -> None:
         raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
     if not loss.requires_grad:
         raise ValueError(f"loss_fn must depend on the output of the {root}, and it does not")
+
+
+# Of a `LayerFeedback`.
+
+
+def _layer_alignment(
+    model: nn.Module, root: LayerFeedback, loss_fn: Any, x: Any, y: Any, weights: bool
+) -> Alignment:
+    parameters = _trained(model) if weights else {}
+    steps: list[Sequence[Tensor | None]] = []
+    for context in (backprop(model), nullcontext()):
+        with left_as_it_was(model), context:
+            loss, inputs, output = _layer_step(model, root, loss_fn, x, y)
+            read: list[Any] = [*inputs, *parameters.values()]
+            steps.append(torch.autograd.grad(loss, read, allow_unused=True) if read else ())
+    names = names_of(list(inputs.values()), names_in(root.module))
+    rows, (true, by_rule) = output.shape[:-1].numel(), steps
+    points = [
+        PointAlignment(name, _row_cosines(a, b, rows))
+        for name, a, b in zip(names, true, by_rule, strict=False)
+        if a is not None and b is not None
+    ]
+    first = len(names)  # of the parameters
+    return Alignment(tuple(points), _weight_cosines(parameters, true[first:], by_rule[first:]))
+
+
+def _layer_step(
+    model: nn.Module, root: LayerFeedback, loss_fn: Any, x: Any, y: Any
+) -> tuple[Tensor, dict[GradientEdge, nn.Module], Tensor]:
+    """Returns the loss; the inputs of layers, each with the first layer that reads it; and the
+    root's output."""
+    inputs: dict[GradientEdge, nn.Module] = {}
+    outputs: list[Tensor] = []
+
+    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        if isinstance(x, Tensor) and x.requires_grad and not x.is_leaf:
+            inputs.setdefault(get_gradient_edge(x), layer)
+
+    with ExitStack() as hooks:
+        for layer in root.module.modules():
+            if isinstance(layer, CutLayer):
+                hooks.enter_context(layer.register_forward_pre_hook(note))
+        hooks.enter_context(root.register_forward_hook(lambda *call: outputs.append(call[-1])))
+        loss = loss_fn(called(model, x), y)
+    if len(outputs) != 1:
+        raise ValueError(f"model must call its LayerFeedback once, got {len(outputs)} calls")
+    check_output(outputs[0], None)
+    _check_loss(loss, "LayerFeedback")
+    return loss, inputs, outputs[0]

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 from ..activations import Gate
 from ..dfa import DFA
 from ..engine import bypass
-from ..engine.broadcast import Broadcast, Drawn, Product
+from ..engine.broadcast import Broadcast
 from ..engine.plan import Plan
 from ..engine.tape import Tape, state
-from . import table
+from .table import Report, Table
 from .untouched import left_as_it_was, parameters_of, roots_of, unwrapped
 
 
@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Inspection:
+class Inspection(Report):
     """Holds what `inspect` found: `rows`, one for each parameter. `[name]` is one of them.
 
     `print` shows a table, `rich.print` the same in colours.
@@ -66,24 +66,12 @@ class Inspection:
                 return row
         raise KeyError(f"no parameter {name!r}; there are {[row.name for row in self.rows]}")
 
-    def __str__(self) -> str:
-        return table.text([_HEADER, *self._cells()])
-
-    def __rich__(self) -> Any:
-        from rich.table import Table
-        from rich.text import Text
-
-        rich_table = Table(*_HEADER)
-        for row, cells in zip(self.rows, self._cells(), strict=True):
-            style = "dim" if row.frozen else _STYLES.get(row.source, "")
-            rich_table.add_row(*[Text(cell, style) for cell in cells])
-        return rich_table
-
-    def _cells(self) -> list[tuple[str, str, str]]:
-        return [(row.name, str(list(row.shape)), str(row)) for row in self.rows]
+    def _tables(self) -> list[Table]:
+        cells = [(row.name, str(list(row.shape)), str(row)) for row in self.rows]
+        styles = ["dim" if row.frozen else _STYLES.get(row.source, "") for row in self.rows]
+        return [Table(("parameter", "shape", "trained by"), cells, styles)]
 
 
-_HEADER = ("parameter", "shape", "trained by")
 _STYLES = {"nothing": "bold red", "true gradient": "yellow"}
 
 
@@ -116,59 +104,40 @@ def inspect(
             makes gradients infinite or NaN.
     """
     model = unwrapped(model)
-    roots = roots_of(model)
+    roots, parameters = roots_of(model), parameters_of(model)
     with left_as_it_was(model):
-        sources = _Sources()
+        sources: list[_Source] = []
         output = _forward(model, args, kwargs, roots, sources)
-        reach = _Reach(parameters_of(model), _begin(output, loss), sources)
-    rows = tuple(reach.row(name) for name in reach.parameters)
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        reached, zero = _reached(_begin(output, loss), trained, sources)
+    rows = tuple(_row(name, p, reached, name in zero) for name, p in parameters.items())
     nothing = [row.name for row in rows if row.source == "nothing" and not row.frozen]
     if nothing:
-        warnings.warn(_trained_by_nothing(nothing), stacklevel=2)
+        warnings.warn(
+            f"trained by nothing: {', '.join(map(repr, nothing))}. They require grad, and neither "
+            "feedback nor a true gradient reaches them: is what they make detached, or unused?",
+            stacklevel=2,
+        )
+    fed = {row.name for row in rows if row.points}
     for root in roots.values():
-        alone = reach.by_output(root) - {row.name for row in rows if row.points}
-        parameters = [reach.parameters[name] for name in alone]
-        bypass.warn_above_the_last_point(root, parameters, stacklevel=3)
+        by_output = [reached[s] for s in sources if s.root is root and s.point is None]
+        alone = set().union(*by_output) - fed
+        bypass.warn_above_the_last_point(root, [parameters[name] for name in alone], stacklevel=3)
     return Inspection(rows)
 
 
-class _Source(NamedTuple):
-    """Names what sends gradients: a point of a root or, without a name, the root's output."""
+@dataclasses.dataclass(eq=False)
+class _Source:
+    """Sends gradients: a point of a root or, without a name, the root's output; without a root,
+    what is behind the outputs of all."""
 
-    root: DFA
+    root: DFA | None
     point: str | None
+    sends: float | None = None  # in place of its gradients; None: what they are
 
-
-class _Sources:
-    """Holds all that sends gradients; in a backward pass one of these is marked."""
-
-    def __init__(self) -> None:
-        self.all: list[_Source] = []
-        self.marked: int | None = None  # the one that sends NaN; None: all send what they have
-
-    def add(self, root: DFA, point: str | None) -> int:
-        """Returns the number of a new source."""
-        self.all.append(_Source(root, point))
-        return len(self.all) - 1
-
-    def send(self, source: int, gradient: Tensor) -> Tensor:
-        """Returns what a source sends in place of its gradient."""
-        if self.marked is None:
-            return gradient
-        return torch.full_like(gradient, math.nan if self.marked == source else 0.0)
-
-    @contextmanager
-    def on(self, root: DFA, prefix: str) -> Iterator[None]:
-        """Makes the points and the output of a root sources, inside."""
-
-        def forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return root.run(_MarkedPass(root, self, prefix, (args, kwargs)), args, kwargs)
-
-        state.instead[root] = forward
-        try:
-            yield
-        finally:
-            del state.instead[root]
+    def send(self, gradient: Tensor) -> Tensor:
+        """Returns what it sends in place of a gradient."""
+        return gradient if self.sends is None else torch.full_like(gradient, self.sends)
 
 
 class _MarkedPass(Tape):
@@ -177,123 +146,109 @@ class _MarkedPass(Tape):
     looks_ahead = False  # layers of a segment share one node
     root: DFA
 
-    def __init__(self, root: DFA, sources: _Sources, prefix: str, given: Any) -> None:
+    def __init__(self, root: DFA, sources: list[_Source], prefix: str, given: Any) -> None:
         inputs = [x for x in tree_leaves(given) if isinstance(x, Tensor) and x.requires_grad]
         super().__init__(root, inputs, root.install_tap())
         self.sources, self.prefix = sources, prefix
 
     def broadcast(self, plan: Plan) -> Broadcast:
         names = [self.prefix + point.name for point in plan.layout.points]
-        numbers = [self.sources.add(self.root, name) for name in names]
-        return _MarkedBroadcast(plan.drawn, plan.products, plan.dense, self.sources, numbers)
+        broadcast = _MarkedBroadcast(plan.drawn, plan.products, plan.dense, None, {})
+        broadcast.sources = [_Source(self.root, name) for name in names]
+        self.sources += broadcast.sources
+        return broadcast
 
     def end(self, y: Any) -> Any:
         if isinstance(y, Tensor) and y.requires_grad:
-            source = self.sources.add(self.root, None)
-            y.register_hook(lambda gradient: self.sources.send(source, gradient))
+            source = _Source(self.root, None)
+            y.register_hook(source.send)
+            self.sources.append(source)
         return super().end(y)
 
 
 class _MarkedBroadcast(Broadcast):
     """Makes what sources send: behind a gate, so that none of it is lost where that is closed."""
 
-    def __init__(
-        self,
-        drawn: Drawn,
-        products: Sequence[Product],
-        dense: Sequence[Tensor | None],
-        sources: _Sources,
-        numbers: Sequence[int],
-    ) -> None:
-        super().__init__(drawn, products, dense, None, {})
-        self.sources, self.numbers = sources, numbers
+    sources: list[_Source]  # of every point by its number
 
     def feedback(self, number: int) -> Tensor:
-        return self.sources.send(self.numbers[number], super().feedback(number))
+        return self.sources[number].send(super().feedback(number))
 
     def deltas(
         self, numbers: Sequence[int], saved: Sequence[Tensor], gates: Sequence[Gate]
     ) -> tuple[list[Tensor], list[Tensor]]:
         deltas, sums = super().deltas(numbers, saved, gates)
-        sent = [self.numbers[number] for number in numbers]
-        made = [self.sources.send(k, delta) for k, delta in zip(sent, deltas, strict=True)]
-        return made, [self.sources.send(k, total) for k, total in zip(sent, sums, strict=True)]
+        sources = [self.sources[number] for number in numbers]
+        made = [source.send(delta) for source, delta in zip(sources, deltas, strict=True)]
+        return made, [source.send(total) for source, total in zip(sources, sums, strict=True)]
 
 
-# Marks no source: then NaN comes from what is behind the outputs of the roots.
-_BEHIND = -1
+def _reached(
+    outputs: list[Tensor], trained: dict[str, nn.Parameter], sources: list[_Source]
+) -> tuple[dict[_Source, set[str]], set[str]]:
+    """Returns the names of the parameters that every source reaches, by a backward pass for each,
+    and of those whose gradient is zero."""
 
-
-class _Reach:
-    """Finds which sources reach which parameters, by one backward pass each from `outputs`."""
-
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], outputs: list[Tensor], sources: _Sources
-    ) -> None:
-        self.parameters = parameters
-        self.trained = {name: p for name, p in parameters.items() if p.requires_grad}
-        self.outputs, self.sources = outputs, sources
-        # As of a mean over rows, so that half precision neither overflows nor vanishes.
-        errors = [torch.randn_like(y) / max(y.shape[:-1].numel(), 1) for y in outputs]
-        plain = self._backward(None, errors)
-        _check_finite(plain)
-        self.zero = {name for name, gradient in plain.items() if not gradient.any()}
-        self.reached = [self._marked(source, errors) for source in range(len(sources.all))]
-        self.behind = self._marked(_BEHIND, [torch.full_like(y, math.nan) for y in outputs])
-
-    def row(self, name: str) -> Row:
-        parameter = self.parameters[name]
-        found = dict.fromkeys(
-            source.point
-            for source, reached in zip(self.sources.all, self.reached, strict=True)
-            if name in reached
-        )
-        return Row(
-            name,
-            tuple(parameter.shape),
-            tuple(point for point in found if point is not None),
-            true_gradient=None in found or name in self.behind,
-            frozen=not parameter.requires_grad,
-            zero=name in self.zero,
-        )
-
-    def by_output(self, root: DFA) -> set[str]:
-        """Returns the names of what the true gradient of a root's output reaches."""
-        pairs = zip(self.sources.all, self.reached, strict=True)
-        return set().union(*(names for source, names in pairs if source == _Source(root, None)))
-
-    def _marked(self, source: int, errors: list[Tensor]) -> set[str]:
-        gradients = self._backward(source, errors)
-        return {name for name, gradient in gradients.items() if gradient.isnan().any()}
-
-    def _backward(self, marked: int | None, errors: list[Tensor]) -> dict[str, Tensor]:
-        """Returns the gradients that come, by name."""
-        if not self.trained:
+    def gradients(errors: list[Tensor]) -> dict[str, Tensor]:
+        if not trained:
             return {}
-        self.sources.marked = marked
-        gradients = torch.autograd.grad(
-            self.outputs,
-            list(self.trained.values()),
-            errors,
-            retain_graph=True,
-            allow_unused=True,
+        found = torch.autograd.grad(
+            outputs, list(trained.values()), errors, retain_graph=True, allow_unused=True
         )
         return {
             name: gradient.coalesce().values() if gradient.is_sparse else gradient
-            for name, gradient in zip(self.trained, gradients, strict=True)
+            for name, gradient in zip(trained, found, strict=True)
             if gradient is not None
         }
 
+    def turned_nan(errors: list[Tensor]) -> set[str]:
+        return {name for name, gradient in gradients(errors).items() if gradient.isnan().any()}
+
+    # As of a mean over rows, so that half precision neither overflows nor vanishes.
+    errors = [torch.randn_like(y) / max(y.shape[:-1].numel(), 1) for y in outputs]
+    plain = gradients(errors)
+    for name, gradient in plain.items():
+        if not gradient.isfinite().all():
+            raise ValueError(
+                f"args must be an input for which gradients are finite; that of {name!r} is not"
+            )
+    for source in sources:
+        source.sends = 0.0
+    reached: dict[_Source, set[str]] = {}
+    for source in sources:
+        source.sends = math.nan
+        reached[source] = turned_nan(errors)
+        source.sends = 0.0
+    reached[_Source(None, None)] = turned_nan([torch.full_like(y, math.nan) for y in outputs])
+    return reached, {name for name, gradient in plain.items() if not gradient.any()}
+
+
+def _row(name: str, p: nn.Parameter, reached: dict[_Source, set[str]], zero: bool) -> Row:
+    found = dict.fromkeys(source.point for source, names in reached.items() if name in names)
+    points = tuple(point for point in found if point is not None)
+    return Row(name, tuple(p.shape), points, None in found, not p.requires_grad, zero)
+
 
 def _forward(
-    model: nn.Module, args: Any, kwargs: Any, roots: dict[str, DFA], sources: _Sources
+    model: nn.Module, args: Any, kwargs: Any, roots: dict[str, DFA], sources: list[_Source]
 ) -> Any:
-    with ExitStack() as stack, warnings.catch_warnings():
-        # `inspect` says it of every model; a root says it in its first pass only.
-        warnings.filterwarnings("ignore", "the true gradient of the output trains")
-        for name, root in roots.items():
-            stack.enter_context(sources.on(root, f"{name}." if len(roots) > 1 else ""))
-        return model(*args, **kwargs)
+    """Runs the model, in which the points and outputs of all roots become sources."""
+
+    def marked(root: DFA, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return root.run(_MarkedPass(root, sources, prefix, (args, kwargs)), args, kwargs)
+
+    prefix = "{}." if len(roots) > 1 else ""
+    before = state.instead
+    state.instead = {
+        root: partial(marked, root, prefix.format(name)) for name, root in roots.items()
+    }
+    try:
+        with warnings.catch_warnings():
+            # `inspect` says it of every model; a root says it in its first pass only.
+            warnings.filterwarnings("ignore", "the true gradient of the output trains")
+            return model(*args, **kwargs)
+    finally:
+        state.instead = before
 
 
 def _begin(output: Any, loss: Callable[[Any], Any] | None) -> list[Tensor]:
@@ -309,18 +264,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield leaf
         elif dataclasses.is_dataclass(leaf):
             yield from _tensors(vars(leaf))
-
-
-def _check_finite(gradients: dict[str, Tensor]) -> None:
-    for name, gradient in gradients.items():
-        if not gradient.isfinite().all():
-            raise ValueError(
-                f"args must be an input for which gradients are finite; that of {name!r} is not"
-            )
-
-
-def _trained_by_nothing(names: list[str]) -> str:
-    return (
-        f"trained by nothing: {', '.join(map(repr, names))}. They require grad, and neither "
-        "feedback nor a true gradient reaches them: is what they make detached, or unused?"
-    )

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import plots
-from .alignment import Alignment, alignment, check_arguments, layer_feedback_of
-from .untouched import roots_of, unwrapped
+from .alignment import Alignment, alignment, checked
 
 
 class AlignmentMonitor:
@@ -45,9 +44,7 @@ class AlignmentMonitor:
         gated: bool = False,
         weights: bool = False,
     ) -> None:
-        check_arguments(model, loss_fn)
-        if layer_feedback_of(unwrapped(model)) is None:
-            roots_of(unwrapped(model))
+        checked(model, loss_fn)
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"every must be an int, got {type(every).__name__}")
         if every < 1:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..dfa import DFA
 from ..engine.root import Root
@@ -19,44 +19,49 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Lets the model run forward and backward, inside, by itself and not compiled; then puts back
     its buffers and torch's random state."""
     tensors = [*model.parameters(), *model.buffers()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    gpus = {x.device.index for x in tensors if x.device.type == "cuda"}
     with ExitStack() as stack:
-        gpus = {x.device.index for x in tensors if x.device.type == "cuda"}
         stack.enter_context(torch.random.fork_rng(sorted(gpus)))
         stack.enter_context(torch.inference_mode(False))  # enables gradients, too
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for module, name, buffer, before in buffers:
-                    module._buffers[name] = buffer
-                    # Compared first, as a copy counts as a modification in place.
-                    if not _equal(buffer, before):
-                        buffer.copy_(before)
+        stack.enter_context(on_copies_of_buffers(model))
+        yield
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(*(x if x.layout == torch.strided else x.to_dense() for x in (a, b)))
+@contextmanager
+def on_copies_of_buffers(model: nn.Module) -> Iterator[None]:
+    """Lets the model write to copies of its buffers, inside; but for the seed of a root, which
+    would take it for a new one."""
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not isinstance(module, Root)
+    ]
+    copies = {id(buffer): buffer.detach().clone() for _, _, buffer in buffers}  # one, if shared
+    for module, name, buffer in buffers:
+        module._buffers[name] = copies[id(buffer)]
+    try:
+        yield
+    finally:
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+
+
+def called(model: Callable[..., Any], x: Any) -> Any:
+    """Calls a model; a tuple x holds several arguments, a dict keyword arguments."""
+    if isinstance(x, dict):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple) else model(x)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Returns the model itself, so that nothing is compiled, and no process waits for another."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            wrapper: Any = model
-            model = wrapper._orig_mod
-        else:
-            return model
+    wrapper = "module" if isinstance(model, nn.parallel.DistributedDataParallel) else "_orig_mod"
+    inner: Any = getattr(model, wrapper, None)
+    return model if inner is None else unwrapped(inner)
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:

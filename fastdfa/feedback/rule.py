@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -89,7 +89,7 @@ class Feedback:
         signals.make(self.signal)
         _check_type("shared", self.shared, (bool,))
         _check_type("dense", self.dense, (bool, type(None)))
-        _check_scale(self.scale)
+        check_scale(self.scale, SCALES)
         _check_seed(self.seed)
         _check_positive("rank", self.rank)
         _check_positive("anchor", self.anchor)
@@ -248,9 +248,11 @@ def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
 
 
-def _check_scale(scale: object) -> None:
+def check_scale(scale: object, named: Iterable[str]) -> None:
+    """Raises unless a scale is a positive number, or one of the names of some."""
     if isinstance(scale, str):
-        _check_choice("scale", scale, tuple(SCALES))
+        if scale not in named:
+            raise ValueError(f"scale must be a number or one of {', '.join(named)}, got {scale!r}")
         return
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or a name, got {type(scale).__name__}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..engine.layers import CutLayer
 from .conv import Conv1d, Conv2d
 from .linear import Linear
 from .point import CutBehind, FeedbackPoint
@@ -15,6 +16,16 @@ LAYERS: dict[type, type] = {nn.Linear: Linear, nn.Conv1d: Conv1d, nn.Conv2d: Con
 PLAIN = {ours: torchs for torchs, ours in LAYERS.items()}
 # What a layer does in a network of each kind.
 CUT, BY_RULE = "cut at its input", "hands down its gradient by the rule"
+
+
+def plain_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns torch's linear and convolutional layers, and what derives from these, by name."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, kinds) and not isinstance(layer, CutLayer)
+    }
 
 
 class Fold(NamedTuple):

@@ -430,6 +430,27 @@ def test_everything_stays_as_it_was():
     assert model.feedback_points == points
 
 
+def test_a_buffer_that_two_modules_share():
+    """Both write to one tensor inside, as in training, and that is none of theirs."""
+    seen = []
+
+    class Count(nn.Module):
+        def forward(self, x):
+            self.calls.add_(1)
+            seen.append(self.calls)
+            return x
+
+    first, second = Count(), Count()
+    first.register_buffer("calls", torch.zeros(()))
+    second.register_buffer("calls", first.calls)
+    model = mlp([5, 8, 3])
+    model.module.insert(1, first)
+    model.module.insert(3, second)
+    fastdfa.alignment(model, product, randn(6, 5), randn(6, 3))
+    assert seen[0] is seen[1] and seen[0].item() == 2
+    assert first.calls is second.calls and first.calls._version == 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_goes_on_as_without_it(kind):
     """Before the first pass of a model, and between two."""

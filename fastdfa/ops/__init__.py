@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ def fill_feedback_(out: Tensor, seed: int, stream: int = 0, distribution: str = 
     checks.check_matrix("out", out)
     if out.shape[1] > 1 and out.stride(1) != 1:
         raise ValueError(f"out must have contiguous rows, got strides {tuple(out.stride())}")
-    _ops_of(out).fill_feedback_(out, seed, stream, code)
+    loading.ops_of(out).fill_feedback_(out, seed, stream, code)
 
 
 def feedback(
@@ -184,8 +183,8 @@ def gate(grad: Tensor, saved: Tensor, kind: int, param: float = 0.0) -> tuple[Te
     """
     checks.check_kinds([kind], [param], KINDS)
     checks.check_matrix("grad", grad)
-    checks.check_like("saved", saved, grad, grad.shape[1])
-    result: tuple[Tensor, Tensor] = _ops_of(grad).gate(grad, saved, kind, param)
+    checks.check_like("saved", saved, grad, grad.shape)
+    result: tuple[Tensor, Tensor] = loading.ops_of(grad).gate(grad, saved, kind, param)
     return result
 
 
@@ -205,7 +204,7 @@ def activate_(x: Tensor, bias: Tensor | None, kind: int, param: float = 0.0) -> 
         raise ValueError(f"x must be contiguous, got strides {tuple(x.stride())}")
     if bias is not None:
         checks.check_bias(x, bias)
-    _ops_of(x).activate_(x, bias, kind, param)
+    loading.ops_of(x).activate_(x, bias, kind, param)
 
 
 def linear_chain(
@@ -275,10 +274,7 @@ def weight_gradients(
         pairs = zip(deltas, inputs, strict=True)
         widened = (weight_gradients([d.float()], [x.float()])[0] for d, x in pairs)
         return [grad if wide else grad.to(deltas[0].dtype) for grad in widened]
-    # A traced call knows no addresses.
-    compiling = torch.compiler.is_compiling()
-    by_torch = reference.weight_gradients if compiling else products.weight_gradients
-    grads = by_torch(deltas, inputs)
+    grads = products.weight_gradients(deltas, inputs)
     return [grad.to(accumulation_dtype(grad.dtype)) for grad in grads] if wide else grads
 
 
@@ -337,11 +333,6 @@ def backpropagate(
         deltas.append(delta)
         sums.append(total)
     return deltas, sums
-
-
-def _ops_of(x: Tensor) -> Any:
-    """Returns who computes on the device of x: the compiled ops, or else their twins."""
-    return torch.ops.fastdfa if loading.available(x.device.type) else reference
 
 
 def _generate(

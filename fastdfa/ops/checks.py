@@ -16,6 +16,7 @@ from .reference import accumulation_dtype
 
 DISTRIBUTIONS = ("normal", "uniform", "rademacher")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_OWN_OR_WIDE = {dtype: (accumulation_dtype(dtype), dtype) for dtype in _DTYPES}
 
 
 def distribution_code(name: str) -> int:
@@ -47,17 +48,17 @@ def check_matrix(name: str, x: Tensor, allowed: Sequence[torch.dtype] = _DTYPES)
         raise ValueError(f"{name} must have two dimensions, got shape {tuple(x.shape)}")
 
 
-def check_like(name: str, x: Tensor, other: Tensor, columns: int) -> None:
-    """Raises unless x is a matrix of as many rows as the other one, its dtype and its device."""
+def check_like(name: str, x: Tensor, other: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises unless x is a matrix of this shape, and of the dtype and device of the other one."""
     check_matrix(name, x, (other.dtype,))
-    if x.shape != (len(other), columns):
-        raise ValueError(f"{name} must have shape {(len(other), columns)}, got {tuple(x.shape)}")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
     check_device(name, x, other)
 
 
 def check_bias(x: Tensor, bias: Tensor) -> None:
     """Raises unless the bias [n] can be added to x [..., n]."""
-    check_dtype("bias", bias, _own_or_wide(x))
+    check_dtype("bias", bias, _OWN_OR_WIDE[x.dtype])
     columns = x.shape[-1] if x.dim() else None
     if bias.dim() != 1 or bias.shape[0] != columns:
         raise ValueError(f"bias must have shape [{columns}], got {tuple(bias.shape)}")
@@ -95,14 +96,13 @@ def check_project_gate(
         raise ValueError("streams must not be empty where feedback is")
     for i, h in enumerate(saved):
         check_matrix(f"saved[{i}]", h, (saved[0].dtype,) if i else _DTYPES)
-        _check_rows(f"saved[{i}]", h, len(error), "the error")
+        _check_rows(f"saved[{i}]", h, error.shape[0], "the error")
     for i, matrix in enumerate(feedback if saved else []):
-        check_matrix(
-            f"feedback[{i}]", matrix, (feedback[0].dtype,) if i else _own_or_wide(saved[0])
-        )
+        allowed = (feedback[0].dtype,) if i else _OWN_OR_WIDE[saved[0].dtype]
+        check_matrix(f"feedback[{i}]", matrix, allowed)
         readers = saved if len(feedback) == 1 else [saved[i]]
         rows, columns = error.shape[1], max(h.shape[1] for h in readers)
-        if len(matrix) != rows or matrix.shape[1] < columns:
+        if matrix.shape[0] != rows or matrix.shape[1] < columns:
             expected, got = f"[{rows}, >= {columns}]", tuple(matrix.shape)
             raise ValueError(f"feedback[{i}] must have shape {expected}, got {got}")
     check_devices(error, saved=saved, feedback=feedback)
@@ -121,10 +121,11 @@ def check_backpropagate(
     check_kinds(kinds, params, KINDS)
     above = delta.shape[1]
     for i, (weight, h) in enumerate(zip(weights, saved, strict=True)):
-        check_matrix(f"weights[{i}]", weight, (weights[0].dtype,) if i else _own_or_wide(delta))
+        allowed = (weights[0].dtype,) if i else _OWN_OR_WIDE[delta.dtype]
+        check_matrix(f"weights[{i}]", weight, allowed)
         _check_rows(f"weights[{i}]", weight, above, "the delta above it has columns")
         above = weight.shape[1]
-        check_like(f"saved[{i}]", h, delta, above)
+        check_like(f"saved[{i}]", h, delta, (delta.shape[0], above))
     check_devices(delta, weights=weights)
 
 
@@ -147,11 +148,7 @@ def _check_lengths(count: int, of: str, **lists: Sized) -> None:
 
 
 def _check_rows(name: str, x: Tensor, rows: int, of: str) -> None:
-    if len(x) != rows:
+    if x.shape[0] != rows:
         raise ValueError(
             f"{name} must have {rows} rows, as many as {of}, got shape {tuple(x.shape)}"
         )
-
-
-def _own_or_wide(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    return accumulation_dtype(x.dtype), x.dtype

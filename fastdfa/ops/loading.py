@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from . import reference
 
 fallbacks: dict[str, str] = {}  # why plain PyTorch runs, by each device type for which it does
 _loaded: set[str] = set()
@@ -27,6 +30,11 @@ def load() -> None:
 def available(device_type: str) -> bool:
     """Tells whether compiled kernels run for tensors on a device of this type ("cpu", "cuda")."""
     return device_type in _loaded
+
+
+def ops_of(x: Tensor) -> Any:
+    """Returns what computes on the device of x: the compiled ops, or else their twins."""
+    return torch.ops.fastdfa if x.device.type in _loaded else reference
 
 
 @cache

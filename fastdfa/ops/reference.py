@@ -1,5 +1,6 @@
-"""Holds every kernel in plain PyTorch: the specification, the fallback and the tests' baseline.
+"""Holds the kernels in plain PyTorch: the specification, the fallback and the tests' baseline.
 
+The one of `weight_gradients`, plain products, is in `products`.
 Shapes: M rows, C classes (features of the error), n_l features of layer l.
 """
 
@@ -175,11 +176,6 @@ def linear_chain(
         activate_(x, bias, kind, param)
         outputs.append(x)
     return outputs
-
-
-def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Computes dW_l = d_l^T x_l [n_l, k_l] of every layer; d_l [M, n_l], x_l [M, k_l]."""
-    return [delta.t() @ x for delta, x in zip(deltas, inputs, strict=True)]
 
 
 def backpropagate(

@@ -141,10 +141,9 @@ def project_gate(
         matrix = feedback[layer if len(feedback) > 1 else 0][:, : h.shape[1]]
         factor = scales[layer] * (error.shape[0] if sum_error else 1)
         projection = (error.to(wide) @ matrix.to(wide)) * factor
-        if kinds[layer] != activations.IDENTITY:
-            projection = projection * derivative(h.to(wide), kinds[layer], params[layer])
-        deltas.append(projection.to(h.dtype))
-        bias_grads.append(projection.sum(0))
+        delta, total = gate(projection, h, kinds[layer], params[layer])
+        deltas.append(delta.to(h.dtype))
+        bias_grads.append(total)
     return deltas + bias_grads
 
 

@@ -154,9 +154,9 @@ class StreamingStep:
     def _second_pass(self, first: FirstPass, updates: Updates) -> None:
         """Updates every parameter that learns from the error, [*rows, C]."""
         call, output = first.call, first.output
-        layers = [each.layer for each in first.readings]
+        called = tuple(each.layer for each in first.readings), call.trained
         schedule = first.schedule or self._schedule
-        if schedule is None or not schedule.fits(layers, call.trained):
+        if schedule is None or (schedule.layers, schedule.trained) != called:
             survey = FirstPass(call, survey=True)
             call.run_again(survey)
             schedule = survey.schedule

@@ -9,19 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The position of a name is its code in csrc/activation.h.
-KINDS = (
-    "identity",
-    "relu",
-    "leaky_relu",
-    "tanh",
-    "sigmoid",
-    "elu",
-    "softplus",
-    "gelu",
-    "gelu_tanh",
-    "silu",
-)
+# By torch's own functions, of (a, param). The position of a name is its code in csrc/activation.h.
+_FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "identity": lambda a, _: a,
+    "relu": lambda a, _: F.relu(a),
+    "leaky_relu": F.leaky_relu,
+    "tanh": lambda a, _: torch.tanh(a),
+    "sigmoid": lambda a, _: torch.sigmoid(a),
+    "elu": F.elu,
+    "softplus": F.softplus,
+    "gelu": lambda a, _: F.gelu(a),
+    "gelu_tanh": lambda a, _: F.gelu(a, approximate="tanh"),
+    "silu": lambda a, _: F.silu(a),
+}
+KINDS = tuple(_FUNCTIONS)
 IDENTITY = 0
 # From here on f' needs the input a; before it the output f(a) is enough, so nothing extra is kept.
 FIRST_KIND_FROM_INPUT = KINDS.index("gelu")
@@ -78,28 +79,16 @@ def make(activation: str | nn.Module | None) -> nn.Module | None:
     return MODULES[activation]()
 
 
-def _leaky_relu(module: nn.LeakyReLU) -> Gate | None:
-    # With a negative slope the output's sign no longer tells the input's.
-    return Gate(2, module.negative_slope) if module.negative_slope >= 0 else None
-
-
-def _elu(module: nn.ELU) -> Gate | None:
-    return Gate(5, module.alpha) if module.alpha >= 0 else None
-
-
-def _softplus(module: nn.Softplus) -> Gate | None:
-    # Another threshold than torch's default would change the forward numbers.
-    return Gate(6, module.beta) if module.beta > 0 and module.threshold == 20 else None
-
-
 _RELU, _TANH, _SIGMOID = Gate(1), Gate(3), Gate(4)
 _GATES: dict[type[nn.Module], Callable[[Any], Gate | None]] = {
     nn.ReLU: lambda m: _RELU,
-    nn.LeakyReLU: _leaky_relu,
+    # With a negative slope the output's sign no longer tells the input's.
+    nn.LeakyReLU: lambda m: Gate(2, m.negative_slope) if m.negative_slope >= 0 else None,
     nn.Tanh: lambda m: _TANH,
     nn.Sigmoid: lambda m: _SIGMOID,
-    nn.ELU: _elu,
-    nn.Softplus: _softplus,
+    nn.ELU: lambda m: Gate(5, m.alpha) if m.alpha >= 0 else None,
+    # Another threshold than torch's default would change the forward numbers.
+    nn.Softplus: lambda m: Gate(6, m.beta) if m.beta > 0 and m.threshold == 20 else None,
     nn.GELU: lambda m: Gate(8 if m.approximate == "tanh" else 7),
     nn.SiLU: lambda m: Gate(9),
 }
@@ -132,17 +121,5 @@ def hooked(module: nn.Module) -> bool:
 
 
 def apply(a: Tensor, kind: int, param: float) -> Tensor:
-    """Returns f(a), out of place, by torch's own functions."""
-    name = KINDS[kind]
-    if name == "identity":
-        return a
-    if name == "leaky_relu":
-        return F.leaky_relu(a, param)
-    if name == "elu":
-        return F.elu(a, param)
-    if name == "softplus":
-        return F.softplus(a, param)
-    if name == "gelu_tanh":
-        return F.gelu(a, approximate="tanh")
-    result: Tensor = getattr(torch if name in ("tanh", "sigmoid") else F, name)(a)
-    return result
+    """Returns f(a), out of place."""
+    return _FUNCTIONS[KINDS[kind]](a, param)

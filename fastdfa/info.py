@@ -39,6 +39,6 @@ def build_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "matrix_products": products.library(),
         "kernels": [device for device in ("cpu", "cuda") if loading.available(device)],
-        "fallback": loading.fallbacks(),
+        "fallback": dict(loading.fallbacks),
     }
     return info | loading.facts()

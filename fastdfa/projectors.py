@@ -16,8 +16,6 @@ from . import ops
 
 Projector = Callable[[Tensor], "Tensor | Future[Tensor]"]
 
-OUTPUTS = ("linear", "intensity")
-
 
 class Projected:
     """Holds what a projector returned, [rows, >= columns], and waits for it when it is read."""
@@ -70,7 +68,7 @@ class OpticalProcessor:
         noise_bits: float | None = None,
         seed: int = 0,
     ) -> None:
-        if output not in OUTPUTS:
+        if output not in ("linear", "intensity"):
             raise ValueError(f"output must be 'linear' or 'intensity', got {output!r}")
         if features < 1:
             raise ValueError(f"features must be positive, got {features}")

@@ -17,11 +17,6 @@ import torch
 from torch import Tensor
 
 
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-
-
 @dataclass(frozen=True)
 class Signal(ABC):
     """Serves as the base of all signals: `of` makes one from an error.
@@ -84,7 +79,8 @@ class Ternary(Signal):
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_number("threshold", self.threshold)
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+            raise TypeError(f"threshold must be a number, got {type(self.threshold).__name__}")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be from 0 to below 1, got {self.threshold}")
 
@@ -171,8 +167,7 @@ SIGNALS: dict[str, Signal] = {
 
 
 def make(signal: object) -> Signal:
-    """Returns the signal of a name of `SIGNALS`, a `Signal` as it is, any other callable as a
-    `Function`.
+    """Returns a `Signal` as it is, that of a name of `SIGNALS`, or of a callable its `Function`.
 
     Raises:
         ValueError: for an unknown name.
@@ -206,27 +201,18 @@ def made(signal: Signal, error: Tensor, output: Tensor | None, target: Tensor | 
 
 
 def given(target: Tensor | None, output: Tensor, reader: str) -> Tensor:
-    """Returns the target that `reader` needs, [M, C]; see `as_rows`.
+    """Returns the target that `reader` needs as [M, C], of an output [*rows, C]: class indices
+    [*rows] as their one-hot rows.
 
     Raises:
         RuntimeError: where none was set.
-        TypeError, ValueError: for one that does not fit the output.
+        TypeError, ValueError: for one that is neither these nor of the output's shape.
     """
     if target is None:
         raise RuntimeError(
             f"{reader} needs the target: set the target of the DFA (model.target = y) before each "
             "forward pass"
         )
-    return as_rows(target, output)
-
-
-def as_rows(target: Tensor, output: Tensor) -> Tensor:
-    """Returns a target as [M, C], of an output [*rows, C]: class indices [*rows] as their one-hot
-    rows.
-
-    Raises:
-        TypeError, ValueError: for a target that is neither these nor of the output's shape.
-    """
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     classes = output.shape[-1]

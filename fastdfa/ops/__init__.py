@@ -3,12 +3,14 @@
 The twins in plain PyTorch are in `reference`, the compiled ops in csrc/ops.cpp. `products` says who
 multiplies matrices, `loading` which compiled ops there are.
 
-Shapes: M rows, C classes (features of the error), n_l features of layer l.
+Shapes: M rows, C classes (features of the error), n_l features of layer l. `kind` and `param` are
+an activation, a code of `fastdfa.activations.KINDS` and its parameter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,10 +59,7 @@ def fill_feedback_(out: Tensor, seed: int, stream: int = 0, distribution: str = 
     checks.check_matrix("out", out)
     if out.shape[1] > 1 and out.stride(1) != 1:
         raise ValueError(f"out must have contiguous rows, got strides {tuple(out.stride())}")
-    if loading.available(out.device.type):
-        torch.ops.fastdfa.fill_feedback_(out, seed, stream, code)
-    else:
-        reference.fill_feedback_(out, seed, stream, code)
+    loading.ops_of(out).fill_feedback_(out, seed, stream, code)
 
 
 def feedback(
@@ -135,7 +134,6 @@ def project_gate(
             in the kernel from `seed`, `streams` (one, or one for each layer) and `distribution`.
         saved: [M, n_l] each, of one dtype: f(a), or a for gelu, gelu_tanh and silu. For the
             identity it only gives shape and dtype.
-        kinds, params: the activations, codes of `fastdfa.activations.KINDS` and parameters.
         scales: the factor of each B_l.
         sum_error: multiply by M as well (inside the accumulator, so that fp16 keeps it).
         allow_tf32: float32 on CUDA: tensor cores may round e and B to tf32. The CPU ignores it.
@@ -156,7 +154,7 @@ def project_gate(
         if not torch.compiler.is_compiling():
             checks.check_project_gate(error, feedback, saved, kinds, params, scales, streams)
         if not feedback and saved:
-            feedback = _generate(error, saved, seed, streams, code)
+            feedback = _generate(error, saved, seed, streams, distribution)
         results = reference.project_gate(error, feedback, saved, kinds, params, scales, sum_error)
     else:
         try:
@@ -167,7 +165,7 @@ def project_gate(
         except RuntimeError:
             checks.check_project_gate(error, feedback, saved, kinds, params, scales, streams)
             raise
-    return list(results[: len(saved)]), list(results[len(saved) :])
+    return results[: len(saved)], results[len(saved) :]
 
 
 def gate(grad: Tensor, saved: Tensor, kind: int, param: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -176,7 +174,6 @@ def gate(grad: Tensor, saved: Tensor, kind: int, param: float = 0.0) -> tuple[Te
     Args:
         grad: [M, n], the gradient that arrived at the activation's output.
         saved: [M, n], as in `project_gate`; not read for the identity.
-        kind, param: the activation, a code of `fastdfa.activations.KINDS` and its parameter.
 
     Returns:
         The delta in the dtype of `grad`, and the sum in its accumulation dtype.
@@ -187,9 +184,7 @@ def gate(grad: Tensor, saved: Tensor, kind: int, param: float = 0.0) -> tuple[Te
     checks.check_kinds([kind], [param], KINDS)
     checks.check_matrix("grad", grad)
     checks.check_like("saved", saved, grad, grad.shape)
-    if not loading.available(grad.device.type):
-        return reference.gate(grad, saved, kind, param)
-    result: tuple[Tensor, Tensor] = torch.ops.fastdfa.gate(grad, saved, kind, param)
+    result: tuple[Tensor, Tensor] = loading.ops_of(grad).gate(grad, saved, kind, param)
     return result
 
 
@@ -199,7 +194,6 @@ def activate_(x: Tensor, bias: Tensor | None, kind: int, param: float = 0.0) -> 
     Args:
         x: [..., n], contiguous.
         bias: [n] or None, in the dtype of x or in its accumulation dtype.
-        kind, param: the activation, a code of `fastdfa.activations.KINDS` and its parameter.
 
     Raises:
         ValueError, TypeError: where shapes, dtypes or devices do not fit.
@@ -210,10 +204,7 @@ def activate_(x: Tensor, bias: Tensor | None, kind: int, param: float = 0.0) -> 
         raise ValueError(f"x must be contiguous, got strides {tuple(x.stride())}")
     if bias is not None:
         checks.check_bias(x, bias)
-    if loading.available(x.device.type):
-        torch.ops.fastdfa.activate_(x, bias, kind, param)
-    else:
-        reference.activate_(x, bias, kind, param)
+    loading.ops_of(x).activate_(x, bias, kind, param)
 
 
 def linear_chain(
@@ -230,8 +221,7 @@ def linear_chain(
         weights: W_l [n_l, n_{l-1}] each, in the dtype of x, or all in its accumulation dtype; then
             they are rounded to the dtype of x, by the kernels as they read them.
         biases: b_l [n_l] or None each, in the dtype of x or in its accumulation dtype.
-        kinds, params: the activations, codes of `fastdfa.activations.KINDS` and parameters; only
-            those whose f' comes from the output.
+        kinds, params: of activations whose f' comes from the output.
 
     Returns:
         h_l [M, n_l] of every layer, contiguous.
@@ -246,25 +236,18 @@ def linear_chain(
             biases = [bias if bias is None else bias.float() for bias in biases]
         made: list[Tensor] = torch.ops.fastdfa.linear_chain(x, weights, biases, kinds, params)
         return made
-    outputs = []
-    if wide and weights[0].dtype == accumulation_dtype(x.dtype):
-        with torch.no_grad():
-            weights = [weight.to(x.dtype) for weight in weights]
-    if products.widens(x, *weights):
-        for weight, bias, kind, param in zip(weights, biases, kinds, params, strict=True):
-            bias = bias.float() if bias is not None and bias.dtype == x.dtype else bias
-            (h,) = linear_chain(x.float(), [weight.float()], [bias], [kind], [param])
-            x = h.to(x.dtype)
-            outputs.append(x)
-        return outputs
     with torch.no_grad():
-        memory = products.memory_of_outputs(x, weights)
-        for out, weight, bias, kind, param in zip(
-            memory, weights, biases, kinds, params, strict=True
-        ):
-            x = torch.mm(x, weight.t(), out=out)
-            activate_(x, bias, kind, param)
-            outputs.append(x)
+        if wide and weights[0].dtype == accumulation_dtype(x.dtype):
+            weights = [weight.to(x.dtype) for weight in weights]
+        if not products.widens(x, *weights):
+            memory = products.memory_of_outputs(x, weights)
+            return reference.linear_chain(x, weights, biases, kinds, params, activate_, memory)
+    outputs = []
+    for weight, bias, kind, param in zip(weights, biases, kinds, params, strict=True):
+        bias = bias.float() if bias is not None and bias.dtype == x.dtype else bias
+        (h,) = linear_chain(x.float(), [weight.float()], [bias], [kind], [param])
+        x = h.to(x.dtype)
+        outputs.append(x)
     return outputs
 
 
@@ -291,10 +274,7 @@ def weight_gradients(
         pairs = zip(deltas, inputs, strict=True)
         widened = (weight_gradients([d.float()], [x.float()])[0] for d, x in pairs)
         return [grad if wide else grad.to(deltas[0].dtype) for grad in widened]
-    # A traced call knows no addresses.
-    compiling = torch.compiler.is_compiling()
-    by_torch = reference.weight_gradients if compiling else products.weight_gradients
-    grads = by_torch(deltas, inputs)
+    grads = products.weight_gradients(deltas, inputs)
     return [grad.to(accumulation_dtype(grad.dtype)) for grad in grads] if wide else grads
 
 
@@ -317,8 +297,7 @@ def backpropagate(
             dtype of `delta`, by the kernels as they read them.
         saved: [M, n_i] each, in the dtype of `delta`: what the stage below boundary i has saved,
             f(a), or a for gelu, gelu_tanh and silu. For the identity it is not read.
-        kinds, params: the activations of the stages below, codes of `fastdfa.activations.KINDS`
-            and parameters.
+        kinds, params: of the stages below.
 
     Returns:
         The deltas [M, n_i] in the dtype of `delta`, and the sums [n_i] in its accumulation dtype,
@@ -327,56 +306,44 @@ def backpropagate(
     Raises:
         ValueError, TypeError: where shapes, lengths, dtypes or devices do not fit.
     """
+    count = len(weights)
     # A traced call is checked by nobody: Dynamo knows too little of the shapes here.
     if torch.compiler.is_compiling():
         results = reference.backpropagate(delta, weights, saved, kinds, params)
-        return results[: len(weights)], results[len(weights) :]
+        return results[:count], results[count:]
     checks.check_dtype("delta", delta)
-    wide = len(weights) > 0 and weights[0].dtype != delta.dtype
+    wide = count > 0 and weights[0].dtype != delta.dtype
     if products.multiplies(delta, wide):
         try:
             results = torch.ops.fastdfa.backpropagate(delta, weights, saved, kinds, params)
         except RuntimeError:
             checks.check_backpropagate(delta, weights, saved, kinds, params)
             raise
-        return list(results[: len(weights)]), list(results[len(weights) :])
+        return results[:count], results[count:]
     checks.check_backpropagate(delta, weights, saved, kinds, params)
-    return _backpropagate_by_torch(delta, weights, saved, kinds, params)
-
-
-def _backpropagate_by_torch(
-    delta: Tensor,
-    weights: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    kinds: Sequence[int],
-    params: Sequence[float],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Computes `backpropagate` by torch's products, with the gate as a pass of its own."""
-    dtype = delta.dtype
-    product = torch.float32 if products.widens(delta) else dtype
-    deltas, sums = [], []
     with torch.no_grad():
-        for weight, h, kind, param in zip(weights, saved, kinds, params, strict=True):
-            grad = torch.mm(delta.to(product), weight.to(dtype).to(product))
-            wide_delta, total = gate(grad, h.to(product), kind, param)
-            delta = wide_delta.to(dtype)
-            deltas.append(delta)
-            sums.append(total)
+        if not products.widens(delta):
+            results = reference.backpropagate(delta, weights, saved, kinds, params, gate)
+            return results[:count], results[count:]
+    deltas, sums = [], []
+    for weight, h, kind, param in zip(weights, saved, kinds, params, strict=True):
+        rounded = weight.to(delta.dtype).float()
+        (made,), (total,) = backpropagate(delta.float(), [rounded], [h.float()], [kind], [param])
+        delta = made.to(delta.dtype)
+        deltas.append(delta)
+        sums.append(total)
     return deltas, sums
 
 
 def _generate(
-    error: Tensor, saved: Sequence[Tensor], seed: int, streams: Sequence[int], distribution: int
+    error: Tensor, saved: Sequence[Tensor], seed: int, streams: Sequence[int], distribution: str
 ) -> list[Tensor]:
     """Makes the matrices that the kernel would generate piece by piece."""
-    widths = [h.shape[1] for h in saved]
-    matrices = []
-    for stream, width in zip(streams, widths if len(streams) > 1 else [max(widths)], strict=True):
-        dtype = accumulation_dtype(saved[0].dtype)
-        matrix = torch.empty(error.shape[1], width, dtype=dtype, device=error.device)
-        reference.fill_feedback_(matrix, seed, stream, distribution)
-        matrices.append(matrix)
-    return matrices
+    dtype, widths = accumulation_dtype(saved[0].dtype), [h.shape[1] for h in saved]
+    draw = partial(feedback, error.shape[1], seed=seed, dtype=dtype, device=error.device)
+    widths = widths if len(streams) > 1 else [max(widths)]
+    pairs = zip(widths, streams, strict=True)
+    return [draw(n, stream=stream, distribution=distribution) for n, stream in pairs]
 
 
 loading.load()

@@ -16,6 +16,7 @@ from .reference import accumulation_dtype
 
 DISTRIBUTIONS = ("normal", "uniform", "rademacher")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_OWN_OR_WIDE = {dtype: (accumulation_dtype(dtype), dtype) for dtype in _DTYPES}
 
 
 def distribution_code(name: str) -> int:
@@ -25,43 +26,42 @@ def distribution_code(name: str) -> int:
     return DISTRIBUTIONS.index(name)
 
 
-def check_dtype(name: str, tensor: Tensor) -> None:
-    """Raises a TypeError for what is not a tensor of a floating dtype."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype] = _DTYPES) -> None:
+    """Raises a TypeError unless x is a tensor of one of these dtypes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in allowed:
+        names = " or ".join(dict.fromkeys(map(str, allowed)))
+        raise TypeError(f"{name} must be {names}, got {x.dtype}")
 
 
-def check_matrix(name: str, tensor: Tensor) -> None:
-    """Raises a TypeError or ValueError for what is not a matrix of a floating dtype."""
-    check_dtype(name, tensor)
-    if tensor.dim() != 2:
-        raise ValueError(f"{name} must have two dimensions, got shape {tuple(tensor.shape)}")
-
-
-def check_like(name: str, tensor: Tensor, other: Tensor, shape: torch.Size) -> None:
-    """Raises unless the tensor has this shape, and the dtype and device of the other one."""
-    check_matrix(name, tensor)
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    if tensor.dtype != other.dtype:
-        raise TypeError(f"{name} must be {other.dtype}, got {tensor.dtype}")
-    check_device(name, tensor, other)
-
-
-def check_device(name: str, tensor: Tensor, other: Tensor) -> None:
+def check_device(name: str, x: Tensor, other: Tensor) -> None:
     """Raises a ValueError unless both tensors are on one device."""
-    if tensor.device != other.device:
-        raise ValueError(f"{name} must be on {other.device}, got {tensor.device}")
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on {other.device}, got {x.device}")
+
+
+def check_matrix(name: str, x: Tensor, allowed: Sequence[torch.dtype] = _DTYPES) -> None:
+    """Raises a TypeError or ValueError unless x is a matrix of one of these dtypes."""
+    check_dtype(name, x, allowed)
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have two dimensions, got shape {tuple(x.shape)}")
+
+
+def check_like(name: str, x: Tensor, other: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises unless x is a matrix of this shape, and of the dtype and device of the other one."""
+    check_matrix(name, x, (other.dtype,))
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    check_device(name, x, other)
 
 
 def check_bias(x: Tensor, bias: Tensor) -> None:
     """Raises unless the bias [n] can be added to x [..., n]."""
+    check_dtype("bias", bias, _OWN_OR_WIDE[x.dtype])
     columns = x.shape[-1] if x.dim() else None
     if bias.dim() != 1 or bias.shape[0] != columns:
         raise ValueError(f"bias must have shape [{columns}], got {tuple(bias.shape)}")
-    _check_own_or_wide("bias", bias, x.dtype)
     check_device("bias", bias, x)
 
 
@@ -89,21 +89,23 @@ def check_project_gate(
     layers = len(saved)
     _check_lengths(layers, "saved", kinds=kinds, params=params, scales=scales)
     check_kinds(kinds, params, KINDS)
-    one_or_each: tuple[tuple[str, Sized], ...] = (("feedback", feedback), ("streams", streams))
-    for name, values in one_or_each:
-        if values and len(values) not in (1, layers):
-            raise ValueError(f"{name} must have 1 or {layers} entries, got {len(values)}")
+    for name, count in (("feedback", len(feedback)), ("streams", len(streams))):
+        if count not in (0, 1, layers):
+            raise ValueError(f"{name} must have 1 or {layers} entries, got {count}")
     if not feedback and not streams:
         raise ValueError("streams must not be empty where feedback is")
-    for layer, h in enumerate(saved):
-        check_matrix(f"saved[{layer}]", h)
-        check_like(f"saved[{layer}]", h, saved[0], torch.Size((error.shape[0], h.shape[1])))
-        check_device(f"saved[{layer}]", h, error)
-    for index, matrix in enumerate(feedback):
-        readers = saved if len(feedback) == 1 else saved[index : index + 1]
-        _check_feedback(index, matrix, error, readers)
-        if matrix.dtype != feedback[0].dtype:
-            raise TypeError(f"feedback[{index}] must be {feedback[0].dtype}, got {matrix.dtype}")
+    for i, h in enumerate(saved):
+        check_matrix(f"saved[{i}]", h, (saved[0].dtype,) if i else _DTYPES)
+        _check_rows(f"saved[{i}]", h, error.shape[0], "the error")
+    for i, matrix in enumerate(feedback if saved else []):
+        allowed = (feedback[0].dtype,) if i else _OWN_OR_WIDE[saved[0].dtype]
+        check_matrix(f"feedback[{i}]", matrix, allowed)
+        readers = saved if len(feedback) == 1 else [saved[i]]
+        rows, columns = error.shape[1], max(h.shape[1] for h in readers)
+        if matrix.shape[0] != rows or matrix.shape[1] < columns:
+            expected, got = f"[{rows}, >= {columns}]", tuple(matrix.shape)
+            raise ValueError(f"feedback[{i}] must have shape {expected}, got {got}")
+    check_devices(error, saved=saved, feedback=feedback)
 
 
 def check_backpropagate(
@@ -119,19 +121,12 @@ def check_backpropagate(
     check_kinds(kinds, params, KINDS)
     above = delta.shape[1]
     for i, (weight, h) in enumerate(zip(weights, saved, strict=True)):
-        name = f"weights[{i}]"
-        check_matrix(name, weight)
-        if weight.shape[0] != above:
-            raise ValueError(
-                f"{name} must have {above} rows, as many as the delta above it has columns, "
-                f"got shape {tuple(weight.shape)}"
-            )
-        _check_own_or_wide(name, weight, delta.dtype)
-        if weight.dtype != weights[0].dtype:
-            raise TypeError(f"{name} must be {weights[0].dtype}, got {weight.dtype}")
-        check_device(name, weight, delta)
+        allowed = (weights[0].dtype,) if i else _OWN_OR_WIDE[delta.dtype]
+        check_matrix(f"weights[{i}]", weight, allowed)
+        _check_rows(f"weights[{i}]", weight, above, "the delta above it has columns")
         above = weight.shape[1]
-        check_like(f"saved[{i}]", h, delta, torch.Size((delta.shape[0], above)))
+        check_like(f"saved[{i}]", h, delta, (delta.shape[0], above))
+    check_devices(delta, weights=weights)
 
 
 def check_devices(first: Tensor, **lists: Sequence[Tensor]) -> None:
@@ -152,25 +147,8 @@ def _check_lengths(count: int, of: str, **lists: Sized) -> None:
             )
 
 
-def _check_own_or_wide(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Raises a TypeError unless the tensor is of this dtype or of its accumulation dtype."""
-    allowed = dict.fromkeys((dtype, accumulation_dtype(dtype)))
-    if tensor.dtype not in allowed:
-        names = " or ".join(map(str, allowed))
-        raise TypeError(f"{name} must be {names}, got {tensor.dtype}")
-
-
-def _check_feedback(index: int, matrix: Tensor, error: Tensor, readers: Sequence[Tensor]) -> None:
-    name = f"feedback[{index}]"
-    check_matrix(name, matrix)
-    columns = max([0, *[h.shape[1] for h in readers]])
-    if matrix.shape[0] != error.shape[1] or matrix.shape[1] < columns:
+def _check_rows(name: str, x: Tensor, rows: int, of: str) -> None:
+    if x.shape[0] != rows:
         raise ValueError(
-            f"{name} must have shape [{error.shape[1]}, >= {columns}], got {tuple(matrix.shape)}"
+            f"{name} must have {rows} rows, as many as {of}, got shape {tuple(x.shape)}"
         )
-    for h in readers:
-        allowed = dict.fromkeys((accumulation_dtype(h.dtype), h.dtype))
-        if matrix.dtype not in allowed:
-            names = " or ".join(map(str, allowed))
-            raise TypeError(f"{name} must be {names}, got {matrix.dtype}")
-    check_device(name, matrix, error)

@@ -6,7 +6,7 @@ are those of the schemas in csrc/ops.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,31 +21,16 @@ Shape = Sequence[int]
 
 def register() -> None:
     """Registers all fakes and FLOP formulas; the ops must have been loaded."""
-    fakes: dict[str, Callable[..., Any]] = {
-        "fill_feedback_": _nothing,
-        "project_gate": _project_gate,
-        "gate": _gate,
-        "activate_": _nothing,
-        "linear_chain": _linear_chain,
-        "weight_gradients": _weight_gradients,
-        "backpropagate": _backpropagate,
-    }
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"fastdfa::{name}", fake)
-    formulas: dict[str, Callable[..., int]] = {
-        "linear_chain": _linear_chain_flops,
-        "weight_gradients": _weight_gradients_flops,
-        "backpropagate": _backpropagate_flops,
-    }
-    for name, formula in formulas.items():
-        register_flop_formula(getattr(torch.ops.fastdfa, name))(formula)
+    for name in ("fill_feedback_", "activate_"):
+        torch.library.register_fake(f"fastdfa::{name}", lambda *args: None)  # write in place
+    for fake in (project_gate, gate, linear_chain, weight_gradients, backpropagate):
+        torch.library.register_fake(f"fastdfa::{fake.__name__}", fake)
+    ops = torch.ops.fastdfa
+    register_flop_formula([ops.linear_chain, ops.backpropagate])(_products_flops)
+    register_flop_formula(ops.weight_gradients)(_weight_gradients_flops)
 
 
-def _nothing(*args: Any) -> None:
-    """Stands for an op that writes in place and returns nothing."""
-
-
-def _project_gate(
+def project_gate(
     error: Tensor,
     feedback: Sequence[Tensor],
     seed: int,
@@ -59,19 +44,19 @@ def _project_gate(
     return deltas + [h.new_empty(h.shape[1], dtype=accumulation_dtype(h.dtype)) for h in saved]
 
 
-def _gate(grad: Tensor, saved: Tensor, kind: int, param: float) -> tuple[Tensor, Tensor]:
+def gate(grad: Tensor, saved: Tensor, kind: int, param: float) -> tuple[Tensor, Tensor]:
     bias_grad = grad.new_empty(grad.shape[1], dtype=accumulation_dtype(grad.dtype))
     return grad.new_empty(grad.shape), bias_grad
 
 
-def _linear_chain(
+def linear_chain(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *args: Any
 ) -> list[Tensor]:
     check_devices(x, weights=weights, biases=[b for b in biases if b is not None])
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
 
-def _weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     check_devices(deltas[0], deltas=deltas, inputs=inputs)
     return [
         delta.new_empty(delta.shape[1], x.shape[1], dtype=accumulation_dtype(delta.dtype))
@@ -79,7 +64,7 @@ def _weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> lis
     ]
 
 
-def _backpropagate(
+def backpropagate(
     delta: Tensor, weights: Sequence[Tensor], saved: Sequence[Tensor], *args: Any
 ) -> list[Tensor]:
     check_devices(delta, weights=weights, saved=saved)
@@ -88,7 +73,7 @@ def _backpropagate(
     return deltas + [delta.new_empty(n, dtype=wide) for n in widths]
 
 
-def _linear_chain_flops(x: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
+def _products_flops(x: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
     return sum(2 * x[0] * n * k for n, k in weights)
 
 
@@ -97,7 +82,3 @@ def _weight_gradients_flops(
 ) -> int:
     pairs = zip(deltas, inputs, strict=True)
     return sum(2 * rows * n * k for (rows, n), (_, k) in pairs)
-
-
-def _backpropagate_flops(delta: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
-    return sum(2 * delta[0] * n * k for n, k in weights)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["available", "facts", "fallbacks", "load", "multiplies_bfloat16"]
+from . import reference
 
-_PACKAGE = Path(__file__).parents[1]
+fallbacks: dict[str, str] = {}  # why plain PyTorch runs, by each device type for which it does
 _loaded: set[str] = set()
-_fallbacks: dict[str, str] = {}
 
 
 def load() -> None:
@@ -23,10 +23,8 @@ def load() -> None:
     `FASTDFA_DISABLE_EXTENSION=1` in the environment leaves them out, as if never built.
     """
     _load("cpu", _missing())
-    if not torch.version.cuda:
-        _fallbacks["cuda"] = f"PyTorch {torch.__version__} is built without CUDA"
-    else:  # its ops are declared in the CPU library
-        _load("cuda", _fallbacks.get("cpu"))
+    no_cuda = None if torch.version.cuda else f"PyTorch {torch.__version__} is built without CUDA"
+    _load("cuda", no_cuda or fallbacks.get("cpu"))  # its ops are declared in the CPU library
 
 
 def available(device_type: str) -> bool:
@@ -34,9 +32,9 @@ def available(device_type: str) -> bool:
     return device_type in _loaded
 
 
-def fallbacks() -> dict[str, str]:
-    """Returns why plain PyTorch runs, by each device type for which it does."""
-    return dict(_fallbacks)
+def ops_of(x: Tensor) -> Any:
+    """Returns what computes on the device of x: the compiled ops, or else their twins."""
+    return torch.ops.fastdfa if x.device.type in _loaded else reference
 
 
 @cache
@@ -69,7 +67,7 @@ def _missing() -> str | None:
 
 
 def _library(device_type: str) -> Path:
-    return _PACKAGE / f"_C_{device_type}.so"
+    return Path(__file__).parents[1] / f"_C_{device_type}.so"
 
 
 def _load(device_type: str, reason: str | None) -> None:
@@ -80,9 +78,8 @@ def _load(device_type: str, reason: str | None) -> None:
     if reason is None:
         try:
             torch.ops.load_library(library)
+            _loaded.add(device_type)
+            return
         except (OSError, RuntimeError) as error:
             reason = f"{library.name} does not load: {error}"
-    if reason is None:
-        _loaded.add(device_type)
-    else:
-        _fallbacks[device_type] = reason
+    fallbacks[device_type] = reason

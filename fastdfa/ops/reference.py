@@ -1,12 +1,13 @@
-"""Holds every kernel in plain PyTorch: the specification, the fallback and the tests' baseline.
+"""Holds the kernels in plain PyTorch: the specification, the fallback and the tests' baseline.
 
+The one of `weight_gradients`, plain products, is in `products`.
 Shapes: M rows, C classes (features of the error), n_l features of layer l.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -81,11 +82,7 @@ def fill_feedback_(out: Tensor, seed: int, stream: int, distribution: int) -> No
 
 
 def derivative(saved: Tensor, kind: int, param: float) -> Tensor:
-    """Computes f' from the output f(a), or from the input a for gelu, gelu_tanh and silu.
-
-    The constants are literals, as torch.compile(dynamic=True) takes a float from a module for an
-    unknown.
-    """
+    """Computes f' from the output f(a), or from the input a for gelu, gelu_tanh and silu."""
     name = activations.KINDS[kind]
     one = torch.ones_like(saved)
     if name == "identity":
@@ -102,16 +99,13 @@ def derivative(saved: Tensor, kind: int, param: float) -> Tensor:
         return torch.where(saved <= 0, saved + param, one)
     if name == "softplus":
         return -torch.expm1(-param * saved)
-    if name == "gelu":
-        density = torch.exp(-0.5 * saved * saved) / 2.5066282746310002  # sqrt(2 pi)
-        return 0.5 * (1 + torch.erf(saved * 0.7071067811865476)) + saved * density
-    if name == "gelu_tanh":
-        # 0.7978... is sqrt(2 / pi).
-        t = torch.tanh(0.7978845608028654 * (saved + 0.044715 * saved**3))
-        slope = 0.7978845608028654 * (1 + 3 * 0.044715 * saved * saved)
-        return 0.5 * (1 + t) + 0.5 * saved * (1 - t * t) * slope
-    sigmoid = torch.sigmoid(saved)  # silu
-    return sigmoid * (1 + saved * (1 - sigmoid))
+    of_input = torch.ops.aten
+    if name == "silu":
+        slope: Tensor = of_input.silu_backward(one, saved)
+    else:
+        approximate = "tanh" if name == "gelu_tanh" else "none"
+        slope = of_input.gelu_backward(one, saved, approximate=approximate)
+    return slope
 
 
 def gate(grad: Tensor, saved: Tensor, kind: int, param: float) -> tuple[Tensor, Tensor]:
@@ -147,10 +141,9 @@ def project_gate(
         matrix = feedback[layer if len(feedback) > 1 else 0][:, : h.shape[1]]
         factor = scales[layer] * (error.shape[0] if sum_error else 1)
         projection = (error.to(wide) @ matrix.to(wide)) * factor
-        if kinds[layer] != activations.IDENTITY:
-            projection = projection * derivative(h.to(wide), kinds[layer], params[layer])
-        deltas.append(projection.to(h.dtype))
-        bias_grads.append(projection.sum(0))
+        delta, total = gate(projection, h, kinds[layer], params[layer])
+        deltas.append(delta.to(h.dtype))
+        bias_grads.append(total)
     return deltas + bias_grads
 
 
@@ -168,19 +161,20 @@ def linear_chain(
     biases: Sequence[Tensor | None],
     kinds: Sequence[int],
     params: Sequence[float],
+    activate_: Callable[..., None] = activate_,
+    memory: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
-    """Computes every h_l = f_l(h_{l-1} W_l^T + b_l), h_0 = x [M, n_0], W_l [n_l, n_{l-1}]."""
+    """Computes every h_l = f_l(h_{l-1} W_l^T + b_l), h_0 = x [M, n_0], W_l [n_l, n_{l-1}].
+
+    By a given way to activate, and into `memory` [M, n_l] where there is some.
+    """
     outputs = []
-    for weight, bias, kind, param in zip(weights, biases, kinds, params, strict=True):
-        x = x @ weight.to(x.dtype).t()
+    memory = [None] * len(weights) if memory is None else memory
+    for out, weight, bias, kind, param in zip(memory, weights, biases, kinds, params, strict=True):
+        x = torch.mm(x, weight.t(), out=out)
         activate_(x, bias, kind, param)
         outputs.append(x)
     return outputs
-
-
-def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Computes dW_l = d_l^T x_l [n_l, k_l] of every layer; d_l [M, n_l], x_l [M, k_l]."""
-    return [delta.t() @ x for delta, x in zip(deltas, inputs, strict=True)]
 
 
 def backpropagate(
@@ -189,14 +183,15 @@ def backpropagate(
     saved: Sequence[Tensor],
     kinds: Sequence[int],
     params: Sequence[float],
+    gate: Callable[..., tuple[Tensor, Tensor]] = gate,
 ) -> list[Tensor]:
     """Computes every delta_i = (delta_{i-1} W_i) * f'_i(saved_i), then the sums of their rows.
 
-    delta_0 = delta [M, n_0], W_i [n_{i-1}, n_i], saved_i [M, n_i].
+    delta_0 = delta [M, n_0], W_i [n_{i-1}, n_i], saved_i [M, n_i]; by a given way to gate.
     """
     deltas, sums = [], []
     for weight, h, kind, param in zip(weights, saved, kinds, params, strict=True):
-        delta, total = gate(delta @ weight.to(delta.dtype), h, kind, param)
+        delta, total = gate(torch.mm(delta, weight.to(delta.dtype)), h, kind, param)
         deltas.append(delta)
         sums.append(total)
     return deltas + sums

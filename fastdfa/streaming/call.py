@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -21,8 +21,7 @@ class End(BaseException):
 
 
 class Call:
-    """Keeps the arguments of a root and all else that its forward pass depends on, to run it
-    again."""
+    """Keeps the arguments of a root, and what else its forward pass depends on, to run it again."""
 
     def __init__(self, root: DFA, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.root, self.args, self.kwargs = root, args, kwargs
@@ -43,8 +42,7 @@ class Call:
         self.key = self._key()
 
     def _key(self) -> Hashable:
-        """Returns what calls have in common that most likely read the same points of the same
-        sizes."""
+        """Returns what calls share that most likely read the same points, of the same sizes."""
         given = [*tree_leaves((self.args, self.kwargs)), self.root.target]
         modes = (self.root.training, *self.autocast)
         return (*map(_size, given), *self.kwargs, *modes, *self.modules, *self.trained)
@@ -64,11 +62,8 @@ class Call:
             return self.root.run(tape, self.args, self.kwargs)
 
     def run_again(self, tape: Tape) -> None:
-        """Runs a pass with random states and buffers as before the first, and leaves those after
-        it.
-
-        It works on copies of the buffers, so what the first has made of them stays.
-        """
+        """Runs a pass from the random states and copies of the buffers before the first, and leaves
+        those after it."""
         if self.versions != _versions(self.inputs):
             raise RuntimeError(
                 "an input of the DFA was modified in place by the model or the closure, and a "
@@ -78,9 +73,8 @@ class Call:
         _set_random_state(self.random)
         _put(_copied(self.buffers))
         try:
-            self.run(tape)
-        except End:
-            pass
+            with suppress(End):
+                self.run(tape)
         finally:
             _set_random_state(random)
             _put(buffers)
@@ -99,12 +93,8 @@ RandomState = tuple[Tensor, tuple[list[int], list[Tensor]]]
 
 
 def _buffers(modules: list[nn.Module]) -> Buffers:
-    return {
-        (module, name): x
-        for module in modules
-        for name, x in module._buffers.items()
-        if x is not None
-    }
+    named = ((module, *item) for module in modules for item in module._buffers.items())
+    return {(module, name): x for module, name, x in named if x is not None}
 
 
 def _copied(buffers: Buffers) -> Buffers:
@@ -133,8 +123,7 @@ def _size(x: Any) -> Hashable:
     """Returns what tells a tensor's size; of a plain value, itself."""
     if isinstance(x, Tensor):
         return x.shape, x.dtype, x.device
-    plain = isinstance(x, (bool, int, float, str, type(None)))
-    return (x,) if plain else (type(x),)
+    return (x,) if isinstance(x, (bool, int, float, str, type(None))) else (type(x),)
 
 
 def _versions(inputs: list[Tensor]) -> list[int]:

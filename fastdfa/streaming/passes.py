@@ -70,14 +70,14 @@ class FirstPass(Tape):
     @_eagerly
     def passed(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> None:
         super().passed(layer, x, rows, features)
-        self._read(layer, x, rows, features, None)
+        self.readings.append(Reading(layer, blank(x), rows, features, None))
 
     @_eagerly
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
         edge = get_gradient_edge(x) if self.survey and x not in self._cut else None
-        reading = self._read(layer, x, rows, features, edge)
+        self.readings.append(Reading(layer, blank(x), rows, features, edge))
         if self.survey:
-            self._cut.setdefault(x, reading)
+            self._cut.setdefault(x, self.readings[-1])
         return x.detach()
 
     @_eagerly
@@ -88,12 +88,6 @@ class FirstPass(Tape):
         """
         h.requires_grad_().register_hook(refuse)
         return h
-
-    def _read(
-        self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None, edge: Any
-    ) -> Reading:
-        self.readings.append(Reading(layer, blank(x.detach()), rows, features, edge))
-        return self.readings[-1]
 
     def read(self, x: Tensor, edge: Edge | None) -> None:
         if x in self._cut:
@@ -111,8 +105,7 @@ class FirstPass(Tape):
         return self.output
 
     def backward(self, loss: Tensor) -> None:
-        """Gives the output its error, if the loss reads it, and all that follows it, or that the
-        loss reads besides, its gradient."""
+        """Gives the output its error, and what follows it or the loss reads besides a gradient."""
         with self.call.without_autocast():
             loss.backward()
 
@@ -148,11 +141,8 @@ class UpdatingPass(Tape):
         self.complete: list[Tensor] = []  # parameters to update when these have sent
         self._cut = WeakTensorKeyDictionary()  # what was a point already
 
-    def passed(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> None:
-        pass
-
     def read(self, x: Tensor, edge: Edge | None) -> None:
-        pass
+        pass  # nothing looks for bypasses
 
     @_eagerly
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
@@ -191,14 +181,12 @@ class UpdatingPass(Tape):
                 f"{self.before} came to {_described(*wanted)}, and some layers may be updated "
                 f"already: a model must do the same in both, {self.advice}"
             )
-        due = self.known.schedule.due[self.reached]
-        self.due += due
+        self.due += self.known.schedule.due[self.reached]
         self.complete += self.known.schedule.complete[self.reached]
         self.reached += 1
 
     def _send(self, *true: tuple[Tensor, Tensor | None]) -> list[Node]:
-        """Sends the points that are due their feedback, and updates what has its whole gradient
-        then.
+        """Sends the points that are due their feedback, and updates what is complete then.
 
         `true` are tensors with their true gradients, for what is above the last point. Returns
         where the feedback entered the graph.
@@ -220,8 +208,7 @@ class UpdatingPass(Tape):
         return nodes
 
     def _learn(self, learning: Learning, points: list[Point], numbers: list[int]) -> None:
-        """Gives the B of these points their gradients, from the error; they are updated after their
-        feedback was sent."""
+        """Gives the B of these points their gradients, to be updated after the feedback is sent."""
         root, rows = self.root, self.error.shape[:-1].numel()
         assert root.matrices is not None  # as they learn
         matrices = [root.matrices.of(self.settled[k].size.name) for k in numbers]
@@ -232,8 +219,7 @@ class UpdatingPass(Tape):
         e, low = as_matrix(self.error), root.compression
         with torch.no_grad():
             of_low, made = learning_gradients(learning, e, target, low, reads, matrices)
-        given = zip([low, *matrices], [of_low, *made], strict=True)
-        for matrix, gradient in given:
+        for matrix, gradient in zip([low, *matrices], [of_low, *made], strict=True):
             if matrix is not None and gradient is not None and matrix.requires_grad:
                 matrix.grad = gradient
         self.complete += matrices
@@ -270,8 +256,7 @@ class OnlyPass(UpdatingPass):
     def _send(self, *true: tuple[Tensor, Tensor | None]) -> list[Node]:
         nodes = super()._send(*true)
         for node in nodes:  # a gradient from the loss would come too late
-            # In PyTorch 2.11 this raises for a node that nothing leads to any more.
-            with suppress(RuntimeError):
+            with suppress(RuntimeError):  # PyTorch 2.11: where nothing leads to the node any more
                 node.register_prehook(refuse)
         return nodes
 
@@ -279,7 +264,7 @@ class OnlyPass(UpdatingPass):
         check_output(y, self.root.output)
         self._send()
         self._reach(None, y.shape)
-        self.output = blank(y.detach())
+        self.output = blank(y)
         return y if y.requires_grad else y.detach().requires_grad_()  # above it nothing learns
 
     def backward(self, loss: Tensor) -> None:
@@ -293,12 +278,8 @@ def blank(x: Tensor) -> Tensor:
 
 
 def _bytes_held(point: Point) -> float:
-    """Returns the bytes of a layer alone, which saves its output, and for which a delta and a
-    gradient are made.
-
-    How much a block saves is not known: so its feedback does not wait for others.
-    """
-    if point.run is None:
+    """Returns the bytes of a layer alone: its output, and the delta and gradient to be made."""
+    if point.run is None:  # how much a block saves is not known: it does not wait for others
         return math.inf
     weight = point.run.layers[point.place].weight
     return float(2 * point.tensor.nbytes + weight.nbytes)

@@ -17,8 +17,7 @@ from ..feedback.bank import Layout
 
 
 class Reading(NamedTuple):
-    """Records that a layer read its input: what tells a point and its sizes, but holds no
-    memory."""
+    """Records that a layer read its input: tells a point and its sizes, but holds no memory."""
 
     layer: nn.Module
     tensor: Tensor  # an expanded scalar, for shape, dtype and device
@@ -33,8 +32,7 @@ class Reading(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Says when the backward passes are due. The sources of gradients are the points, then the
-    output.
+    """Says when the sources of gradients are due: the points, then the output.
 
     Sources whose graphs meet, which is where feedback goes round a cut, go together.
     """
@@ -44,10 +42,6 @@ class Schedule(NamedTuple):
     points: tuple[int, ...]  # which readings are the points
     due: list[list[int]]  # the sources that send when this one is reached
     complete: list[list[Tensor]]  # the parameters that have their whole gradient then
-
-    def fits(self, layers: Sequence[nn.Module], trained: tuple[bool, ...]) -> bool:
-        """Returns whether a pass called the same layers in this order, with the same trained."""
-        return tuple(layers) == self.layers and trained == self.trained
 
 
 def schedule_of(
@@ -75,8 +69,7 @@ def schedule_of(
 
 
 def walk(starts: Iterable[Node | None]) -> tuple[list[int], dict[Tensor, set[int]]]:
-    """Returns of every source the last of those whose graphs meet, and of every leaf the sources it
-    serves."""
+    """Returns of every source the last whose graph meets its own, and the sources of every leaf."""
     turn: list[int] = []
     uses: dict[Tensor, set[int]] = {}
     owner: dict[Node, int] = {}

@@ -1,12 +1,7 @@
 """Makes a training step that keeps the activation and the gradient of one layer at a time.
 
-DFA makes no layer's gradient from another's: once the error is known, a layer can be updated as
-soon as it has run. So there are two forward passes. The first saves nothing and gives the error;
-the second sends every point feedback as it cuts, updates what is before it, and goes on (MEM-DFA,
-arXiv 2012.11745). That is a forward pass more than an ordinary step takes: backprop's arithmetic.
-
-What is made of the target alone needs no error (DRTP, arXiv 1909.01311). Then the only pass is one
-like the second, and the error trains what is above the last point.
+DFA makes no layer's gradient from another's: once the error is known, or where the target is sent
+in its place, a layer can be updated as soon as it has run.
 """
 
 from __future__ import annotations
@@ -159,9 +154,9 @@ class StreamingStep:
     def _second_pass(self, first: FirstPass, updates: Updates) -> None:
         """Updates every parameter that learns from the error, [*rows, C]."""
         call, output = first.call, first.output
-        layers = [each.layer for each in first.readings]
-        schedule = first.schedule if first.survey else self._schedule
-        if schedule is None or not (first.survey or schedule.fits(layers, call.trained)):
+        called = tuple(each.layer for each in first.readings), call.trained
+        schedule = first.schedule or self._schedule
+        if schedule is None or (schedule.layers, schedule.trained) != called:
             survey = FirstPass(call, survey=True)
             call.run_again(survey)
             schedule = survey.schedule
@@ -169,9 +164,8 @@ class StreamingStep:
         self._schedule = schedule
         points = [first.readings[index] for index in schedule.points]
         names = self.root.names_of_points([point.layer for point in points])
-        columns = self.root.columns(output.shape[-1])
-        layout = lay_out(points, names, output, columns)
-        known = Known(schedule, points, layout, blank(output.detach()))
+        layout = lay_out(points, names, output, self.root.columns(output.shape[-1]))
+        known = Known(schedule, points, layout, blank(output))
         if self._in_one_pass:
             known = known.without({p for p in call.parameters if p.grad is not None})
         second = SecondPass(call, known, output.grad, output.detach(), updates)

@@ -26,6 +26,10 @@ def register() -> None:
         "project_gate": _project_gate,
         "gate": _gate,
         "activate_": _nothing,
+        "batch_norm": _batch_norm,
+        "batch_norm_backward_": _norm_backward,
+        "layer_norm": _layer_norm,
+        "layer_norm_backward_": _norm_backward,
         "linear_chain": _linear_chain,
         "weight_gradients": _weight_gradients,
         "backpropagate": _backpropagate,
@@ -62,6 +66,23 @@ def _project_gate(
 def _gate(grad: Tensor, saved: Tensor, kind: int, param: float) -> tuple[Tensor, Tensor]:
     bias_grad = grad.new_empty(grad.shape[1], dtype=accumulation_dtype(grad.dtype))
     return grad.new_empty(grad.shape), bias_grad
+
+
+def _batch_norm(a: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wide, columns = accumulation_dtype(a.dtype), a.shape[1]
+    statistics = a.new_empty(columns, dtype=wide), a.new_empty(columns, dtype=wide)
+    return a.new_empty(a.shape), *statistics
+
+
+def _layer_norm(a: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wide, rows = accumulation_dtype(a.dtype), a.shape[0]
+    statistics = a.new_empty(rows, dtype=wide), a.new_empty(rows, dtype=wide)
+    return a.new_empty(a.shape), *statistics
+
+
+def _norm_backward(delta: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    wide, columns = accumulation_dtype(delta.dtype), delta.shape[1]
+    return delta.new_empty(columns, dtype=wide), delta.new_empty(columns, dtype=wide)
 
 
 def _linear_chain(

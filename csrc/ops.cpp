@@ -1,8 +1,8 @@
 // Every op's schema on one page. What belongs to an op `foo` has that stem: its arguments and
 // checks in ops/foo.h, its implementations in cpu/ops/foo.cpp and cuda/ops/foo.cpp, the parameters
-// of its kernels in foo.h and these in cpu/foo.cpp and cuda/foo.cu; linear_chain, weight_gradients
-// and backpropagate share the products of gemm.h. Twins in plain PyTorch: fastdfa/ops/reference.py,
-// which is the specification.
+// of its kernels in foo.h and these in cpu/foo.cpp and cuda/foo.cu; a norm's backward stands beside
+// it; linear_chain, weight_gradients and backpropagate share the products of gemm.h. Twins in plain
+// PyTorch: fastdfa/ops/reference.py, which is the specification.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastdfa, m) {
@@ -24,6 +24,30 @@ STABLE_TORCH_LIBRARY(fastdfa, m) {
 
   // x [*, n] = f(x + bias [n]).
   m.def("activate_(Tensor(a!) x, Tensor? bias, int kind, float param) -> ()");
+
+  // a [M, n], weight, bias, running_mean, running_var [n]: these in the dtype of a or in its
+  // accumulation dtype. kind: one whose derivative is a function of the output.
+  // -> h [M, n] = f((a - mean) * rstd * weight + bias), mean [n], rstd [n] = 1 / sqrt(var + eps).
+  // training: of the columns of a, and running_mean and running_var (unbiased) are moved by
+  // momentum; else of these.
+  m.def(
+      "batch_norm(Tensor a, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, bool training, float momentum, float eps, int kind, float param) "
+      "-> (Tensor, Tensor, Tensor)");
+
+  // delta [M, n] at the output of the norm, becomes the gradient of a; delta_sums [n] of its rows.
+  // -> weight gradient [n], sum of the rows of the gradient of a [n].
+  m.def(
+      "batch_norm_backward_(Tensor(a!) delta, Tensor delta_sums, Tensor a, Tensor mean, "
+      "Tensor rstd, Tensor? weight, bool training) -> (Tensor, Tensor)");
+
+  // The same of the rows of a: mean and rstd [M].
+  m.def(
+      "layer_norm(Tensor a, Tensor? weight, Tensor? bias, float eps, int kind, float param) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "layer_norm_backward_(Tensor(a!) delta, Tensor a, Tensor mean, Tensor rstd, Tensor? weight) "
+      "-> (Tensor, Tensor)");
 
   // CPU, float32 and float64; with AVX-512 BF16 bfloat16, weights and biases in float32. x [M,
   // n_0], weights: L x [n_l, n_{l-1}], biases: L x [n_l] or None.

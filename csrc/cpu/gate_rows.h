@@ -3,17 +3,9 @@
 #pragma once
 
 #include "../activation.h"
-#include "vec_math.h"
+#include "columns.h"
 
 namespace fastdfa::FASTDFA_CPU {
-
-// Columns that are worked on together: tile_vectors vectors of the accumulation type.
-#if defined(__AVX512F__)
-constexpr int tile_vectors = 4;
-#else
-constexpr int tile_vectors = 2;
-#endif
-template <class A> constexpr int64_t tile_columns = tile_vectors * Vec<A>::size;
 
 template <class S, class T> struct GateBlock {  // S: element type of signal, T or its accumulator
   const S* signal;                              // tiles of [rows, tile_columns]
@@ -53,11 +45,10 @@ FASTDFA_INLINE void gate_columns(const GateBlock<S, T> b, int64_t j, Lanes lanes
 }
 
 template <Activation kind, class S, class T> void gate_rows(const GateBlock<S, T> b) {
-  constexpr int64_t width = Vec<Accumulator<T>>::size, tile = tile_columns<Accumulator<T>>;
-  int64_t j = 0;
-  for (; j + tile <= b.columns; j += tile) gate_columns<kind, tile_vectors>(b, j, AllLanes());
-  for (; j + width <= b.columns; j += width) gate_columns<kind, 1>(b, j, AllLanes());
-  if (j < b.columns) gate_columns<kind, 1>(b, j, FirstLanes{b.columns - j});
+  each_tile<Accumulator<T>>(
+      b.columns, [&](int64_t j, auto vectors, auto lanes) __attribute__((always_inline)) {
+        gate_columns<kind, vectors.value>(b, j, lanes);
+      });
 }
 
 template <class S, class T>

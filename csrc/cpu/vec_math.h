@@ -161,6 +161,7 @@ FASTDFA_INLINE void sincos_2pi(Vec<float> x, Vec<float>& sine, Vec<float>& cosin
     for (int i = 0; i < x.size; ++i) x.raw[i] = fastdfa::function(static_cast<double>(x.raw[i])); \
     return x;                                                                                     \
   }
+FASTDFA_BY_LANE(sqrt)
 FASTDFA_BY_LANE(exp)
 FASTDFA_BY_LANE(expm1)
 FASTDFA_BY_LANE(log1p)

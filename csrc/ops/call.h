@@ -77,6 +77,14 @@ struct OpCall {
                     torch::headeronly::toString(t.scalar_type()));
   }
 
+  // Of n entries, in the dtype of the matrix that it belongs to, or in its accumulation type.
+  void check_vector(const std::string& name, const Tensor& t, int64_t n, DType dtype) const {
+    check_device(name, t);
+    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n, op, ": ", name, " must have shape [", n,
+                    "], got ", text(t));
+    if (dtype_of(name, t) != dtype) check_dtype(name, t, accumulation_type(dtype));
+  }
+
   DType dtype_of(const std::string& name, const Tensor& t) const {
     switch (t.scalar_type()) {
       case ScalarType::Float:
@@ -98,6 +106,14 @@ struct OpCall {
     STD_TORCH_CHECK(kind >= 0 && kind < activation_count, op, ": kind must be in 0 .. ",
                     activation_count - 1, ", got ", kind);
     return static_cast<Activation>(kind);
+  }
+
+  Activation activation_from_output(int64_t kind) const {
+    const Activation activation = activation_of(kind);
+    STD_TORCH_CHECK(
+        derivative_from_output(activation), op,
+        ": kind must be one whose derivative is a function of the output (0 .. 6), got ", kind);
+    return activation;
   }
 
   Distribution distribution_of(int64_t distribution) const {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .. import ops
+from ..activations import IDENTITY, Gate
 
 KINDS = (nn.BatchNorm1d, nn.LayerNorm)
 Module = nn.BatchNorm1d | nn.LayerNorm
@@ -16,18 +19,16 @@ class Kept(NamedTuple):
 
     a: Tensor
     mean: Tensor  # of columns by a batch norm, of rows by a layer norm
-    spread: Tensor  # one over their deviation; not by own statistics: their variance
+    rstd: Tensor
     weight: Tensor | None
-    bias: Tensor | None
 
 
 class Norm(NamedTuple):
     """Says how a norm was computed, as its module may be changed before backward."""
 
-    shape: tuple[int, ...] | None  # of a layer norm
+    of_rows: bool
     own: bool  # whether by the statistics of what it was given
-    eps: float
-    trained: tuple[bool, bool]  # whether weight and bias are
+    trained: tuple[torch.dtype | None, torch.dtype | None]  # dtypes of weight and bias, if they are
 
 
 def usable(module: Module, features: int, low: bool) -> bool:
@@ -40,9 +41,8 @@ def usable(module: Module, features: int, low: bool) -> bool:
         return False
     if isinstance(module, nn.LayerNorm):
         return module.normalized_shape == (features,) and not low
-    buffers = (module.running_mean, module.running_var, module.num_batches_tracked)
-    followed = module.track_running_stats and all(x is not None for x in buffers)
-    return followed and module.num_features == features
+    followed = module.running_mean is not None
+    return followed == (module.running_var is not None) and module.num_features == features
 
 
 def trained(module: Module) -> list[nn.Parameter]:
@@ -54,48 +54,61 @@ def _is_trained(parameter: nn.Parameter | None) -> bool:
     return parameter is not None and parameter.requires_grad
 
 
+def _by_its_own(module: nn.BatchNorm1d) -> bool:
+    """Returns whether a batch norm goes by the statistics of its input."""
+    return module.training or module.running_mean is None
+
+
 def fewest_rows(module: Module) -> int:
     """Returns the fewest rows of a batch that is normed here; smaller ones are left to torch."""
     if isinstance(module, nn.LayerNorm):
         return 0
-    return 2 if module.training else 1
+    return 2 if _by_its_own(module) else 1
 
 
-def forward(module: Module, a: Tensor) -> tuple[Tensor, Norm, Kept]:
-    """Returns what the module makes of a [M, n], and moves its statistics as the module does."""
+def forward(module: Module, a: Tensor, gate: Gate) -> tuple[Tensor, Norm, Kept]:
+    """Returns what the gate behind the module reads, and moves its statistics as the module does.
+
+    For a [M, n] that is the output of the activation, or of the norm where f' comes from that.
+    """
+    gate = gate if gate.from_output else Gate(IDENTITY)
     weight, bias, eps = module.weight, module.bias, module.eps
-    are_trained = _is_trained(weight), _is_trained(bias)
+    are_trained = [p.dtype if _is_trained(p) else None for p in (weight, bias)]
     if isinstance(module, nn.LayerNorm):
-        shape = module.normalized_shape
-        out, center, spread = torch.native_layer_norm(a, shape, weight, bias, eps)
-        return out, Norm(shape, True, eps, are_trained), Kept(a, center, spread, weight, bias)
+        own = of_rows = True
+        h, mean, rstd = ops.layer_norm(a, weight, bias, eps, *gate)
+    else:
+        own, of_rows, momentum = _by_its_own(module), False, _momentum(module)
+        read = not module.training or module.track_running_stats
+        running = (module.running_mean, module.running_var) if read else (None, None)
+        h, mean, rstd = ops.batch_norm(a, weight, bias, *running, own, momentum, eps, *gate)
+    return h, Norm(of_rows, own, (are_trained[0], are_trained[1])), Kept(a, mean, rstd, weight)
+
+
+def _momentum(module: nn.BatchNorm1d) -> float:
+    """Returns how far a batch norm moves its statistics, and counts the batch."""
     momentum: float | None = module.momentum
-    mean: Any = module.running_mean  # `usable` asks for these, which torch may leave out
-    variance: Any = module.running_var
-    batches: Any = module.num_batches_tracked
-    if module.training:
+    batches = module.num_batches_tracked
+    if module.training and module.track_running_stats and batches is not None:
         batches.add_(1)
         if momentum is None:  # the mean over all batches
-            momentum = 1.0 / float(batches)
-    own, momentum = module.training, momentum or 0.0
-    out, center, spread = torch.native_batch_norm(
-        a, weight, bias, mean, variance, own, momentum, eps
-    )
-    if not own:
-        center, spread = mean.clone(), variance.clone()  # a pass in training mode moves them
-    return out, Norm(None, own, eps, are_trained), Kept(a, center, spread, weight, bias)
+            return 1.0 / float(batches)
+    return momentum or 0.0
 
 
-def backward(norm: Norm, delta: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor]]:
-    """Returns the gradient of a from that of the norm's output, and those of `trained`."""
-    a, mean, spread, weight, bias = kept
-    mask = [True, *norm.trained]
-    if norm.shape is not None:
-        a_grad, *grads = torch.ops.aten.native_layer_norm_backward(
-            delta, a, norm.shape, mean, spread, weight, bias, mask
-        )
+def backward_(norm: Norm, delta: Tensor, sums: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor]]:
+    """Replaces the gradient at the norm's output by that of a.
+
+    Args:
+        norm, kept: of the forward pass.
+        delta, sums: the gradient [M, n], and the sum of its rows [n].
+
+    Returns:
+        The sum of the rows of the gradient of a [n], and the gradients of `trained`.
+    """
+    if norm.of_rows:
+        weight_grad, a_sums = ops.layer_norm_backward_(delta, *kept)
     else:
-        a_grad, *grads = torch.ops.aten.native_batch_norm_backward(
-            delta, a, weight, mean, spread, mean, spread, norm.own, norm.eps, mask
-        )
-    return a_grad, [grad for grad, made in zip(grads, norm.trained, strict=True) if made]
+        weight_grad, a_sums = ops.batch_norm_backward_(delta, sums, *kept, norm.own)
+    made = zip((weight_grad, sums), norm.trained, strict=True)
+    return a_sums, [grad.to(dtype) for grad, dtype in made if dtype is not None]

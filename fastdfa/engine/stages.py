@@ -113,9 +113,9 @@ def compute(
             _, norm, gate = stages[first]
             a = as_matrix(plain_linear(h, weights[first], biases[first]))
             if norm is not None:
-                a, how, kept = norms.forward(norm, a)
+                a, how, kept = norms.forward(norm, a, gate)
                 passed.normed[first] = how, kept
-            if gate.from_output and gate.kind != IDENTITY:
+            elif gate.from_output and gate.kind != IDENTITY:
                 ops.activate_(a, None, *gate)
             passed.gating.append(a)
             outputs.append(a if gate.from_output else activations.apply(a, *gate))
@@ -286,8 +286,7 @@ class Backward:
             delta, self.sums[i] = delta + other, self.sums[i] + total
         if norm is not None:
             how, kept = self.saved.normed.pop(i)
-            delta, made = norms.backward(how, delta, kept)
-            self.sums[i] = _sums(delta)
+            self.sums[i], made = norms.backward_(how, delta, self.sums[i], kept)
             self.norm_gradients[:0] = made
         return delta
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..activations import FIRST_KIND_FROM_INPUT, KINDS
 from . import checks, fakes, loading, products, reference
 from .checks import DISTRIBUTIONS
+from .norms import batch_norm, batch_norm_backward_, layer_norm, layer_norm_backward_
 from .reference import accumulation_dtype
 from .typed import constant
 
@@ -27,10 +28,14 @@ __all__ = [
     "aligned_width",
     "allow_tf32",
     "backpropagate",
+    "batch_norm",
+    "batch_norm_backward_",
     "feedback",
     "feedback_dtype",
     "fill_feedback_",
     "gate",
+    "layer_norm",
+    "layer_norm_backward_",
     "linear_chain",
     "project_gate",
     "reference",

@@ -11,7 +11,7 @@ from collections.abc import Sequence, Sized
 import torch
 from torch import Tensor
 
-from ..activations import KINDS
+from ..activations import FIRST_KIND_FROM_INPUT, KINDS
 from .reference import accumulation_dtype
 
 DISTRIBUTIONS = ("normal", "uniform", "rademacher")
@@ -58,11 +58,7 @@ def check_like(name: str, x: Tensor, other: Tensor, shape: tuple[int, ...]) -> N
 
 def check_bias(x: Tensor, bias: Tensor) -> None:
     """Raises unless the bias [n] can be added to x [..., n]."""
-    check_dtype("bias", bias, _OWN_OR_WIDE[x.dtype])
-    columns = x.shape[-1] if x.dim() else None
-    if bias.dim() != 1 or bias.shape[0] != columns:
-        raise ValueError(f"bias must have shape [{columns}], got {tuple(bias.shape)}")
-    check_device("bias", bias, x)
+    _check_vectors(x, x.shape[-1] if x.dim() else None, bias=bias)
 
 
 def check_kinds(kinds: Sequence[int], params: Sequence[float], allowed: Sequence[str]) -> None:
@@ -127,6 +123,95 @@ def check_backpropagate(
         above = weight.shape[1]
         check_like(f"saved[{i}]", h, delta, (delta.shape[0], above))
     check_devices(delta, weights=weights)
+
+
+def check_batch_norm(
+    a: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    kind: int,
+    param: float,
+) -> None:
+    """Raises unless `batch_norm` can be computed of these arguments.
+
+    Of too few rows it says what torch does.
+    """
+    check_matrix("a", a)
+    check_kinds([kind], [param], KINDS[:FIRST_KIND_FROM_INPUT])
+    if training and len(a) < 2:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {a.shape}"
+        )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must both be given, or none")
+    if running_mean is None and not training:
+        raise ValueError("running_mean and running_var must be given where training is false")
+    running = {"running_mean": running_mean, "running_var": running_var}
+    _check_vectors(a, a.shape[1], weight=weight, bias=bias, **running)
+
+
+def check_batch_norm_backward(
+    delta: Tensor,
+    delta_sums: Tensor,
+    a: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    training: bool,
+) -> None:
+    """Raises unless `batch_norm_backward_` can be computed of these arguments."""
+    _check_overwritten(delta, a)
+    statistics = {"delta_sums": delta_sums, "mean": mean, "rstd": rstd}
+    _check_vectors(delta, delta.shape[1], weight=weight, **statistics)
+
+
+def check_layer_norm(
+    a: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: int, param: float
+) -> None:
+    """Raises unless `layer_norm` can be computed of these arguments."""
+    check_matrix("a", a)
+    check_kinds([kind], [param], KINDS[:FIRST_KIND_FROM_INPUT])
+    _check_columns("a", a)
+    _check_vectors(a, a.shape[1], weight=weight, bias=bias)
+
+
+def check_layer_norm_backward(
+    delta: Tensor, a: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> None:
+    """Raises unless `layer_norm_backward_` can be computed of these arguments."""
+    _check_overwritten(delta, a)
+    _check_columns("delta", delta)
+    _check_vectors(delta, len(delta), mean=mean, rstd=rstd)
+    _check_vectors(delta, delta.shape[1], weight=weight)
+
+
+def _check_overwritten(delta: Tensor, a: Tensor) -> None:
+    """Raises unless delta is a matrix like a that can be overwritten row by row."""
+    check_matrix("delta", delta)
+    check_like("a", a, delta, delta.shape)
+    if delta.shape[1] > 1 and delta.stride(1) != 1:
+        raise ValueError(f"delta must have contiguous rows, got strides {tuple(delta.stride())}")
+
+
+def _check_columns(name: str, tensor: Tensor) -> None:
+    if tensor.shape[1] == 0:
+        raise ValueError(f"{name} must have columns, got shape {tuple(tensor.shape)}")
+
+
+def _check_vectors(x: Tensor, size: int | None, **vectors: Tensor | None) -> None:
+    """Raises unless each vector that is given has `size` entries, and fits to x."""
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        check_dtype(name, vector, _OWN_OR_WIDE[x.dtype])
+        if vector.dim() != 1 or vector.shape[0] != size:
+            raise ValueError(f"{name} must have shape [{size}], got {tuple(vector.shape)}")
+        check_device(name, vector, x)
 
 
 def check_devices(first: Tensor, **lists: Sequence[Tensor]) -> None:

@@ -25,6 +25,9 @@ def register() -> None:
         torch.library.register_fake(f"fastdfa::{name}", lambda *args: None)  # write in place
     for fake in (project_gate, gate, linear_chain, weight_gradients, backpropagate):
         torch.library.register_fake(f"fastdfa::{fake.__name__}", fake)
+    for norm in (batch_norm, layer_norm):
+        torch.library.register_fake(f"fastdfa::{norm.__name__}", norm)
+        torch.library.register_fake(f"fastdfa::{norm.__name__}_backward_", norm_backward)
     ops = torch.ops.fastdfa
     register_flop_formula([ops.linear_chain, ops.backpropagate])(_products_flops)
     register_flop_formula(ops.weight_gradients)(_weight_gradients_flops)
@@ -47,6 +50,23 @@ def project_gate(
 def gate(grad: Tensor, saved: Tensor, kind: int, param: float) -> tuple[Tensor, Tensor]:
     bias_grad = grad.new_empty(grad.shape[1], dtype=accumulation_dtype(grad.dtype))
     return grad.new_empty(grad.shape), bias_grad
+
+
+def batch_norm(a: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wide, columns = accumulation_dtype(a.dtype), a.shape[1]
+    statistics = a.new_empty(columns, dtype=wide), a.new_empty(columns, dtype=wide)
+    return a.new_empty(a.shape), *statistics
+
+
+def layer_norm(a: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    wide, rows = accumulation_dtype(a.dtype), a.shape[0]
+    statistics = a.new_empty(rows, dtype=wide), a.new_empty(rows, dtype=wide)
+    return a.new_empty(a.shape), *statistics
+
+
+def norm_backward(delta: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    wide, columns = accumulation_dtype(delta.dtype), delta.shape[1]
+    return delta.new_empty(columns, dtype=wide), delta.new_empty(columns, dtype=wide)
 
 
 def linear_chain(

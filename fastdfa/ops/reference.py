@@ -195,3 +195,89 @@ def backpropagate(
         deltas.append(delta)
         sums.append(total)
     return deltas + sums
+
+
+def batch_norm(
+    a: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    kind: int,
+    param: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes h = f((a - mean) * rstd * weight + bias) of a [M, n], then mean and rstd [n].
+
+    The statistics are those of the columns of a, which move the running ones; or are the running
+    ones, where not `training`.
+    """
+    wide = accumulation_dtype(a.dtype)
+    x = a.to(wide)
+    if training:
+        variance, mean = torch.var_mean(x, 0, correction=0)
+        if running_mean is not None and running_var is not None:
+            unbiased = variance * (len(a) / (len(a) - 1))
+            running_mean.copy_((1 - momentum) * running_mean.to(wide) + momentum * mean)
+            running_var.copy_((1 - momentum) * running_var.to(wide) + momentum * unbiased)
+    else:
+        assert running_mean is not None and running_var is not None
+        mean, variance = running_mean.to(wide, copy=True), running_var.to(wide)
+    rstd = torch.rsqrt(variance + eps)
+    h = activations.apply(_affine((x - mean) * rstd, weight, bias), kind, param)
+    return h.to(a.dtype), mean, rstd
+
+
+def batch_norm_backward_(
+    delta: Tensor,
+    delta_sums: Tensor,
+    a: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """Replaces delta [M, n] by the gradient of a; returns that of the weight, and the rows' sum."""
+    wide = accumulation_dtype(a.dtype)
+    grad, normalised = delta.to(wide), (a.to(wide) - mean) * rstd
+    weight_grad = (grad * normalised).sum(0)
+    if training:
+        grad = grad - (delta_sums + normalised * weight_grad) / len(a)
+    grad = _affine(grad * rstd, weight, None)
+    delta.copy_(grad)
+    return weight_grad, grad.sum(0)
+
+
+def layer_norm(
+    a: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: int, param: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes h = f((a - mean) * rstd * weight + bias) of a [M, n], then mean and rstd [M]."""
+    x = a.to(accumulation_dtype(a.dtype))
+    variance, mean = torch.var_mean(x, 1, correction=0)
+    rstd = torch.rsqrt(variance + eps)
+    normalised = (x - mean[:, None]) * rstd[:, None]
+    h = activations.apply(_affine(normalised, weight, bias), kind, param)
+    return h.to(a.dtype), mean, rstd
+
+
+def layer_norm_backward_(
+    delta: Tensor, a: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Replaces delta [M, n] by the gradient of a; returns that of the weight, and the rows' sum."""
+    wide = accumulation_dtype(a.dtype)
+    normalised = (a.to(wide) - mean[:, None]) * rstd[:, None]
+    weight_grad = (delta.to(wide) * normalised).sum(0)
+    grad = _affine(delta.to(wide), weight, None)
+    slope = (grad * normalised).mean(1, keepdim=True)
+    grad = (grad - grad.mean(1, keepdim=True) - normalised * slope) * rstd[:, None]
+    delta.copy_(grad)
+    return weight_grad, grad.sum(0)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Returns x * weight + bias, of which either may be None, in the dtype of x."""
+    if weight is not None:
+        x = x * weight.to(x.dtype)
+    return x if bias is None else x + bias.to(x.dtype)

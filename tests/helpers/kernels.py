@@ -162,3 +162,12 @@ def samples():
     for bias in (None, randn(5).float()):
         yield ops.activate_, (randn(7, 5).float(), bias, 1, 0.0)
     yield ops.fill_feedback_, (torch.empty(4, 9), 5, 0, 0)
+    a, delta = randn(7, 5).float(), randn(7, 5, seed=1).float()
+    vectors = [randn(5, seed=i).float().abs() for i in range(4)]
+    for training, affine in itertools.product([True, False], [vectors[:2], [None, None]]):
+        yield ops.batch_norm, (a, *affine, *vectors[2:], training, 0.1, 1e-5, 1, 0.0)
+        yield ops.batch_norm_backward_, (delta, *vectors[:1], a, *vectors[1:3], affine[0], training)
+    yield ops.batch_norm, (a.bfloat16(), *vectors, True, 0.1, 1e-5, 3, 0.0)
+    yield ops.layer_norm, (a, *vectors[:2], 1e-5, 1, 0.0)
+    rows = [randn(7, seed=i).float().abs() for i in range(2)]
+    yield ops.layer_norm_backward_, (delta, a, *rows, vectors[0])

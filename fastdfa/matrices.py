@@ -171,10 +171,13 @@ class Matrices(nn.ParameterDict):
         matrix: nn.Parameter = self[SHARED if SHARED in self else key_of(name)]
         return matrix
 
-    def version(self) -> tuple[object, ...]:
-        """Returns what changes where a plan that holds these would be stale; their values may
-        change."""
-        return tuple((matrix.data_ptr(), matrix.dtype) for matrix in self.values())
+    def version(self, values: bool = False) -> tuple[object, ...]:
+        """Returns what changes where a plan that holds these would be stale: also with their
+        `values`, where it holds copies of these."""
+        return tuple(
+            (matrix.data_ptr(), matrix.dtype, matrix._version if values else 0)
+            for matrix in self.values()
+        )
 
     def check(
         self,

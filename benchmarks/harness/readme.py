@@ -35,6 +35,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "recipe": steps.recipe,
     "versions": steps.versions,
     "train": training.train,
+    "anchored": training.anchored,
     "family": partial(training.family, "rules-mnist"),
     "family-cnn": partial(training.family, "rules-cnn"),
     "step-cuda": steps.step_cuda,

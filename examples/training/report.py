@@ -25,6 +25,7 @@ COLOURS = {"dfa": "#0068b8", "bp": "#e07b00", "top": "#7a7a7a", "block": "#b0b0b
 COLOURS |= {
     name: to_hex(colormaps["turbo"](0.1 + 0.85 * i / len(RULES))) for i, name in enumerate(RULES)
 }
+TRUE = ("bp", "top", "block")  # methods whose gradients are true ones
 MOST_COSINES = 8  # rows of the table; more layers are summed up in one
 
 
@@ -112,11 +113,14 @@ def summarise(run):
         methods[method]["train_seconds"] = sum(r["train_seconds"] for r in records[1:])
         if method in run.peaks:
             methods[method]["peak_mib"] = run.peaks[method]
-        if method in RULES:
+        if method in RULES and "dfa" in run.config.methods:
             methods[method]["to_dfa"] = _median_ratio(run.history[1:], method, "dfa")
-    both = {"dfa", "bp"} <= methods.keys()
-    speed = _median_ratio(run.history[1:], "bp", "dfa") if both else None
-    return {"methods": methods, "speed_against_backprop": speed}
+        if "bp" in run.config.methods:
+            methods[method]["speed"] = _median_ratio(run.history[1:], "bp", method)
+    return {
+        "methods": methods,
+        "speed_against_backprop": methods.get("dfa", {}).get("speed"),
+    }
 
 
 def _median_ratio(epochs, method, other):
@@ -166,13 +170,14 @@ def methods_table(run, summary):
     row("test loss", "{:.4f}", "test_loss")
     row("training loss", "{:.4f}", "train_loss")
     row("time a step", "{:.3f} ms", "step_ms")
-    if ratio := summary["speed_against_backprop"]:
-        speed = {"dfa": f"{ratio:.2f}x", "bp": "1x"}
-        table.add_row("speed against backprop", *(speed.get(method, "-") for method in columns))
-    for label, cosine in labelled_cosines(columns.get("dfa", {}).get("alignment") or []):
-        values = {"dfa": f"{cosine:.3f}", "bp": "1"}
-        label = f"cosine to the true gradient, {label}"
-        table.add_row(label, *(values.get(method, "-") for method in columns))
+    if "bp" in columns and len(columns) > 1:
+        speeds = [None if m in TRUE else each["speed"] for m, each in columns.items()]
+        cells = ["-" if speed is None else f"{speed:.2f}x" for speed in speeds]
+        table.add_row("speed against backprop", *cells)
+    cosines = {m: dict(labelled_cosines(c.get("alignment") or [])) for m, c in columns.items()}
+    for label in dict.fromkeys(label for each in cosines.values() for label in each):
+        found = [f"{each[label]:.3f}" if label in each else "-" for each in cosines.values()]
+        table.add_row(f"cosine to the true gradient, {label}", *found)
     return table
 
 

@@ -36,6 +36,7 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {
+    "anchored": Rule("DFA, anchored B", "", {"anchor": 100}),
     "separate": Rule("a B of its own for every layer", "1609.01596", {"shared": False}),
     "sign": Rule("sign of the error", "1909.01311", {"signal": "sign"}),
     "centred-sign": Rule("the same, centred", "", {"signal": signals.Sign(centred=True)}),

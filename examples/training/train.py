@@ -76,7 +76,8 @@ DEFAULTS = {
     "dropout": 0.0,
     "input_dropout": 0.0,
     "seed": 0,
-    "methods": ["dfa", "bp"],
+    "methods": ["anchored", "dfa", "bp"],
+    "rules": False,
     "feedback": "default",
     "feedback_scale": None,
     "device": "cpu",
@@ -224,7 +225,12 @@ def parser():
     p.add_argument("--epochs", type=positive)
     p.add_argument("--batch", type=positive, help="samples of a step")
     p.add_argument("--seed", type=number(int, 0, 2**31), help="default: 0")
-    p.add_argument("--methods", type=methods, metavar="dfa,bp", help="of dfa, bp, top, block")
+    p.add_argument(
+        "--methods",
+        type=methods,
+        metavar="dfa,bp",
+        help="default: anchored,dfa,bp; also top, block",
+    )
     p.add_argument("--rules", metavar="all", help="beside dfa, bp: of " + ", ".join(rules.RULES))
     p.add_argument("--device", type=usable_device, help="cpu, cuda, cuda:1, ...; default: cpu")
     p.add_argument("--dtype", choices=DTYPES, help="bfloat16: by autocast; default: float32")
@@ -272,7 +278,7 @@ def by_rules(given):
     if "methods" in given or given.get("model", "mlp") not in ("mlp", "cnn"):
         raise UsageError("--rules goes with --model mlp or cnn, and without --methods")
     try:
-        return {"methods": ["bp", "top", "dfa", *rules.chosen(names)]}
+        return {"methods": ["bp", "top", "dfa", *rules.chosen(names)], "rules": True}
     except ValueError as error:
         raise UsageError(f"argument --rules: {error}") from None
 
@@ -472,8 +478,8 @@ class Run:
         except RuntimeError as error:  # most likely out of memory
             raise UsageError(f"cannot make this network: {str(error).splitlines()[0]}") from None
         self.steps = math.ceil(len(data.train_y) / config.batch)
-        self.peaks = {}  # by method; measured where rules are compared
-        if any(learner.rule for learner in self.learners.values()):
+        self.peaks = {}  # by method; measured where many rules are compared
+        if config.rules:
             self.peaks = {name: each.peak_memory() for name, each in self.learners.items()}
         if checkpoint:
             self.history = checkpoint["history"]

@@ -11,7 +11,15 @@ from .. import ops
 from ..matrices import SHARED, Matrices, key_of
 from ..ops.reference import accumulation_dtype
 from ..ops.typed import constant
-from .rule import LOW_RANK_STREAM, DenseCache, Feedback, Source, fits_dense, hash_of
+from .rule import (
+    LOW_RANK_STREAM,
+    DenseCache,
+    Feedback,
+    Source,
+    fits_dense,
+    hash_of,
+    in_channels_last,
+)
 
 
 class Size(NamedTuple):
@@ -105,9 +113,12 @@ class Bank:
         return tuple(scales), tuple(rule.stream(point.name) for point in layout.points)
 
     def keeps(self, layout: Layout, dtype: torch.dtype) -> bool:
-        """Returns whether generated matrices for tensors of this dtype are kept in memory."""
+        """Returns whether matrices for tensors of this dtype are kept in memory, so that their
+        columns can lie as a point does: generated ones, and fitted ones, which change seldom."""
+        if self.matrices is not None:
+            return self.rule.anchor is not None and not torch.compiler.is_compiling()
         rows, wide = self.rule.rows(layout.classes), accumulation_dtype(dtype)
-        return self.matrices is None and fits_dense(self.rule, rows, layout.widest, wide)
+        return fits_dense(self.rule, rows, layout.widest, wide)
 
     def dense(
         self, seed: int, layout: Layout, settled: Settled, order: tuple[int, ...]
@@ -119,7 +130,8 @@ class Bank:
         """
         name, features, dtype, device = settled.size
         if self.matrices is not None:
-            return self.matrices.of(name).detach()
+            given = self.matrices.of(name).detach()
+            return in_channels_last(given, order) if order else given
         rows = self.rule.rows(layout.classes)
         dtype = ops.feedback_dtype(device, dtype, rows)
         columns = layout.widest if self.rule.shared else features
@@ -173,7 +185,8 @@ class Bank:
 
     def version(self) -> tuple[object, ...]:
         """Returns what changes where a plan of this bank would be stale."""
-        given = () if self.matrices is None else self.matrices.version()
+        anchored = self.rule.anchor is not None
+        given = () if self.matrices is None else self.matrices.version(values=anchored)
         return (self.rule, *given)
 
 

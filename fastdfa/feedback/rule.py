@@ -200,7 +200,7 @@ class DenseCache:
             key = (source, channels_last)
             if key not in self._channels_last:
                 capture.refuse(capture.MADE_BEFORE.format("make its B"))
-                reordered = _channels_last(self.get(source, rows, columns), channels_last)
+                reordered = in_channels_last(self.get(source, rows, columns), channels_last)
                 self._channels_last[key] = ready_on_every_stream(reordered)
             return self._channels_last[key]
         matrix = self._matrices.get(source)
@@ -223,7 +223,7 @@ def ready_on_every_stream(matrix: Tensor) -> Tensor:
     return matrix
 
 
-def _channels_last(matrix: Tensor, sizes: tuple[int, ...]) -> Tensor:
+def in_channels_last(matrix: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Returns the first columns of B, of a point [C, *S], in the order of [*S, C]."""
     columns = math.prod(sizes)
     out = matrix.new_zeros(len(matrix), ops.aligned_width(columns, matrix.device))[:, :columns]

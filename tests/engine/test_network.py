@@ -33,14 +33,14 @@ def is_one_node(y):
     return y.grad_fn.name() == "SegmentNodeBackward"
 
 
-def passed(model, x=X, g=G):
+def passed(model, x=X, g=G, same=same_gradients):
     """Whether a pass of this model, after one like it, goes round the layers; both are right."""
     other = one_by_one(model)
     for _ in range(2):
         model.zero_grad(), other.zero_grad()
         y, expected = step(model, x, g), step(other, x, g)
         assert torch.equal(y, expected)
-        same_gradients(model, other)
+        same(model, other)
     assert not is_one_node(expected)
     return is_one_node(y)
 
@@ -107,7 +107,11 @@ def test_one_layer_twice():
     layer = fastdfa.Linear(8, 8, activation="tanh")
     first, head = fastdfa.Linear(5, 8, activation="tanh"), fastdfa.Linear(8, 3)
     model = fastdfa.DFA(nn.Sequential(first, layer, layer, head).double(), feedback=RULE)
-    assert passed(model)
+
+    def to_rounding(one, other):  # on some processors the two gradients of one weight add otherwise
+        assert_close(gradients(one), gradients(other), 1e-14)
+
+    assert passed(model, same=to_rounding)
 
 
 def test_a_converted_network():

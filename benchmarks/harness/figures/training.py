@@ -108,6 +108,51 @@ def train() -> str:
     return table(head, rows)
 
 
+ANCHORED = {
+    "anchored-mnist": "MNIST, MLP",
+    "anchored-cifar10": "CIFAR-10, MLP with batch norm",
+    "anchored-cnn": "CIFAR-10, CNN",
+    "anchored-resnet20": "CIFAR-10, ResNet-20",
+}
+
+
+def seconds_of(history: list[dict[str, Any]], method: str, target: float) -> str:
+    """Writes the seconds of training until a method first reaches a test accuracy."""
+    seconds = 0.0
+    for epoch in history[1:]:
+        seconds += epoch[method]["train_seconds"]
+        if epoch[method]["test_accuracy"] >= target:
+            return f"{seconds:.0f} s"
+    return "never"
+
+
+def anchored() -> str:
+    """Writes accuracy and speed of anchored feedback, beside backprop and plain DFA."""
+    rows, places = [], []
+    for name, label in ANCHORED.items():
+        if not measured(name):
+            continue
+        results = read(name)
+        options, methods = results["options"], results["summary"]["methods"]
+        size = f"{options['depth']}x{options['width']}, {options['epochs']} epochs"
+        accuracies = [f"{methods[m]['test_accuracy']:.1%}" for m in ("bp", "anchored", "dfa")]
+        speeds = [times(methods[m]["speed"]) for m in ("anchored", "dfa")]
+        found = [cosines(methods[m]["alignment"]) for m in ("anchored", "dfa")]
+        target = 0.99 * methods["bp"]["test_accuracy"]
+        seconds = [seconds_of(results["history"], m, target) for m in ("bp", "anchored")]
+        rows.append([f"{label}, {size}", *accuracies, *speeds, " / ".join(seconds), *found])
+        places.append(where(results["machine"]))
+    if not rows:
+        return "Anchored feedback: not measured yet."
+    head = ["network", "backprop", "**anchored**", "plain DFA", "step, anchored", "step, DFA"]
+    head += ["99% of backprop's, backprop / anchored", "cosines, anchored", "cosines, DFA"]
+    return (
+        "Test accuracy, one seed; speed of a step with the optimizer, backprop = 1; seconds of "
+        "training until 99% of backprop's last accuracy is reached "
+        f"({', '.join(dict.fromkeys(places))}):\n\n{table(head, rows)}"
+    )
+
+
 def family(name: str) -> str:
     """Writes every rule beside each other, by one network and one budget."""
     if not measured(name):

@@ -52,7 +52,7 @@ template <class A> __device__ __forceinline__ void move(void* running, int64_t i
 }
 
 template <class T>
-__global__ void __launch_bounds__(ColumnsLaunch<BatchNormParams>::threads)
+__global__ void __launch_bounds__(ColumnsLaunch<BatchNormParams>::threads, 1)
     batch_norm_kernel(FASTDFA_PARAMS ColumnsLaunch<BatchNormParams> l) {
   using A = Accumulator<T>;
   const BatchNormParams& p = l.p;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(ColumnsLaunch<BatchNormParams>::threads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(ColumnsLaunch<BatchNormBackwardParams>::threads)
+__global__ void __launch_bounds__(ColumnsLaunch<BatchNormBackwardParams>::threads, 1)
     batch_norm_backward_kernel(FASTDFA_PARAMS ColumnsLaunch<BatchNormBackwardParams> l) {
   using A = Accumulator<T>;
   const BatchNormBackwardParams& p = l.p;

@@ -35,7 +35,7 @@ __device__ __forceinline__ int64_t row_of(const RowsLaunch<Params>& l, int64_t t
 }
 
 template <class T>
-__global__ void __launch_bounds__(RowsLaunch<LayerNormParams>::threads)
+__global__ void __launch_bounds__(RowsLaunch<LayerNormParams>::threads, 2)
     layer_norm_kernel(FASTDFA_PARAMS RowsLaunch<LayerNormParams> l) {
   using A = Accumulator<T>;
   const LayerNormParams& p = l.p;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(RowsLaunch<LayerNormParams>::threads)
     if (team.index == 0) static_cast<A*>(p.mean)[row] = s.mean, static_cast<A*>(p.rstd)[row] = rstd;
     dispatch_activation(p.kind, [&](auto kind) {
       if constexpr (derivative_from_output(decltype(kind)::value)) {
-#pragma unroll 2  // by more, ptxas of CUDA 13.0 spills registers
+#pragma unroll 4
         for (int64_t j = team.index; j < columns; j += team.size) {
           const A x = (static_cast<A>(widen(a[j])) - s.mean) * rstd;
           const A y = x * value_or(p.weight, j, A(1)) + value_or(p.bias, j, A(0));
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(RowsLaunch<LayerNormParams>::threads)
 
 // row_means [2, rows]: of the gradient of the normalised row, and of that times the row.
 template <class T>
-__global__ void __launch_bounds__(RowsLaunch<LayerNormBackwardParams>::threads)
+__global__ void __launch_bounds__(RowsLaunch<LayerNormBackwardParams>::threads, 2)
     row_means_kernel(FASTDFA_PARAMS RowsLaunch<LayerNormBackwardParams> l) {
   using A = Accumulator<T>;
   const LayerNormBackwardParams& p = l.p;
@@ -107,7 +107,7 @@ GradientLaunch plan_gradient(const LayerNormBackwardParams& p) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(GradientLaunch::threads)
+__global__ void __launch_bounds__(GradientLaunch::threads, 2)
     layer_norm_gradient_kernel(FASTDFA_PARAMS GradientLaunch l) {
   using A = Accumulator<T>;
   using L = GradientLaunch;

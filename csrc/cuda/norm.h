@@ -6,6 +6,9 @@
 
 namespace fastdfa::cuda {
 
+// The kernels' launch bounds name a least number of blocks: without one, ptxas of CUDA 13.0 takes
+// fewer registers than there are, and spills.
+
 // The threads that share a line. Their entries in shared memory lie `stride` apart from `first` on.
 struct Team {
   int first, stride;

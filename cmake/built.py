@@ -64,7 +64,7 @@ class Kernel(NamedTuple):
     @property
     def hot(self) -> bool:
         """Whether it runs over the activations of a network in every step."""
-        return self.source in ("project_gate", "gate")
+        return self.source in ("project_gate", "gate", "batch_norm", "layer_norm")
 
 
 def kernels(build: Path) -> list[Kernel]:

@@ -22,6 +22,7 @@ from helpers.networks import (
     randn,
     step,
 )
+from helpers.norms import check_batch_norm, check_layer_norm
 from helpers.pages import run as recipes
 from torch import nn
 
@@ -426,6 +427,38 @@ def test_gate_of_nothing():
         assert delta.shape == shape and total.shape == shape[1:] and not total.any()
 
 
+def check_norms(a, dtype, **options):
+    poison()
+    check_layer_norm(fastdfa.ops, a, dtype, **options)
+    for training in (True, False):
+        poison()
+        check_batch_norm(fastdfa.ops, a, dtype, training=training, **options)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rows, columns", [(3, 70), (37, 33), (256, 1024), (5000, 40), (9, 5000)])
+def test_norms_of_any_shape(rows, columns, dtype):
+    check_norms(randn(rows, columns, dtype=dtype).to(DEVICE) + 1, dtype)
+
+
+@pytest.mark.parametrize("name", FROM_OUTPUT)
+def test_norms_of_every_activation(name):
+    for dtype in (torch.float32, torch.float64):
+        check_norms(randn(40, 37, dtype=dtype).to(DEVICE), dtype, name=name)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("change", [transposed, sliced, long_rows, unaligned])
+def test_norms_of_any_layout(change, dtype):
+    check_norms(change(randn(100, 72, dtype=dtype).to(DEVICE)), dtype)
+
+
+def test_norms_of_parameters_in_float32():
+    for dtype in (torch.bfloat16, torch.float16):
+        check_norms(randn(40, 37, dtype=dtype).to(DEVICE), dtype, of_vectors=torch.float32)
+    check_norms(randn(40, 37).to(DEVICE), torch.float64, affine=False)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", FROM_OUTPUT)
 def test_activate(name, dtype):
@@ -610,7 +643,7 @@ def test_wrong_arguments_raise_before_anything_is_launched(name):
     assert not x.any()
 
 
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(21))
 def test_opcheck(index):
     op, arguments = list(samples())[index]
     move = torch.utils._pytree.tree_map_only

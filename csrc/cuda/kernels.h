@@ -4,8 +4,10 @@
 #pragma once
 
 #include "../activate.h"
+#include "../batch_norm.h"
 #include "../fill_feedback.h"
 #include "../gate.h"
+#include "../layer_norm.h"
 #include "project_gate.h"
 
 struct CUstream_st;
@@ -30,5 +32,13 @@ int gate(const GateParams& p, Stream stream);
 int sum_chunks(const SumChunksParams* list, int64_t count, Stream stream);
 
 int activate(const ActivateParams& p, Stream stream);
+
+int batch_norm(const BatchNormParams& p, Stream stream);
+int batch_norm_backward(const BatchNormBackwardParams& p, Stream stream);
+
+int layer_norm(const LayerNormParams& p, Stream stream);
+// weight_partial, a_partial: [layer_norm_backward_chunks(p), columns].
+int64_t layer_norm_backward_chunks(const LayerNormBackwardParams& p);
+int layer_norm_backward(const LayerNormBackwardParams& p, Stream stream);
 
 }  // namespace fastdfa::cuda

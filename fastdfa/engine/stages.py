@@ -285,6 +285,8 @@ class Backward:
         for other, total in parts[1:]:
             delta, self.sums[i] = delta + other, self.sums[i] + total
         if norm is not None:
+            # Overwrites the delta: it is made here, as only a network has norms in its stages, and
+            # the outputs of a network's stages have no gradients from elsewhere.
             how, kept = self.saved.normed.pop(i)
             self.sums[i], made = norms.backward_(how, delta, self.sums[i], kept)
             self.norm_gradients[:0] = made

@@ -136,8 +136,7 @@ def _call(name: str, first: Tensor, arguments: Any, check: Callable[..., None]) 
 
     The compiled op checks its arguments; where it refuses, the check here names what does not fit.
     """
-    on_cpu = isinstance(first, Tensor) and first.device.type == "cpu"
-    if not (on_cpu and loading.available("cpu")):
+    if not isinstance(first, Tensor) or not loading.available(first.device.type):
         check(*arguments)
         with torch.no_grad():
             return getattr(reference, name)(*arguments)

@@ -177,7 +177,8 @@ def methods_table(run, summary):
     cosines = {m: dict(labelled_cosines(c.get("alignment") or [])) for m, c in columns.items()}
     for label in dict.fromkeys(label for each in cosines.values() for label in each):
         found = [f"{each[label]:.3f}" if label in each else "-" for each in cosines.values()]
-        table.add_row(f"cosine to the true gradient, {label}", *found)
+        table.add_row(f"cosine, {label}", *found)
+    table.caption = "cosine: of a weight's gradient to the true one"
     return table
 
 

@@ -1,4 +1,5 @@
-"""Trains one network by direct feedback alignment and the same network by backprop, side by side.
+"""Trains one network by direct feedback alignment and the same network by backprop, side by side:
+by DFA with a B that is fitted to true gradients, and with a random one.
 
     python -m examples.training.train                               # digits, no download
     python -m examples.training.train --dataset mnist --data DIR    # also fashion-mnist, cifar10
@@ -6,11 +7,12 @@
     python -m examples.training.train --model spiking               # digits, or any other images
     python -m examples.training.train --resume runs/mnist           # go on after Ctrl-C
 
-Both start from the same weights and see the same batches with the same dropout; they train in
+All start from the same weights and see the same batches with the same dropout; they train in
 turns, an epoch each, so that whatever else the machine does slows both. The backprop network is
-made of plain torch.nn modules. `--methods dfa,bp,top,block` also trains, by backprop, the last
-layer alone, and the last block (or hidden layer) with it, on top of what is frozen as it was
-initialised. `--rules all` trains by backprop, the last layer alone, DFA and all of rules.py.
+made of plain torch.nn modules. `--methods dfa,bp` leaves the fitted B out; `--methods
+dfa,bp,top,block` also trains, by backprop, the last layer alone, and the last block (or hidden
+layer) with it, on top of what is frozen as it was initialised. `--rules all` trains by backprop,
+the last layer alone, DFA and all of rules.py.
 A run leaves in OUT/NAME:
 
     results.json    options, machine, versions, every epoch, summary

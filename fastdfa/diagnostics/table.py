@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +15,12 @@ class Table(NamedTuple):
     styles: Sequence[str] = ()  # of the lines, where rich shows them; else all are plain
 
 
-class Report:
+class Report(ABC):
     """Serves as the base of results, which are shown as their tables."""
 
+    @abstractmethod
     def _tables(self) -> list[Table]:
-        raise NotImplementedError
+        """Returns the tables, from the top down."""
 
     def __str__(self) -> str:
         return "\n\n".join(_text([table.header, *table.lines]) for table in self._tables())

@@ -19,6 +19,7 @@ from .rule import (
     fits_dense,
     hash_of,
     in_channels_last,
+    ready_on_every_stream,
 )
 
 
@@ -131,7 +132,9 @@ class Bank:
         name, features, dtype, device = settled.size
         if self.matrices is not None:
             given = self.matrices.of(name).detach()
-            return in_channels_last(given, order) if order else given
+            if not order:
+                return given
+            return ready_on_every_stream(in_channels_last(given, order))
         rows = self.rule.rows(layout.classes)
         dtype = ops.feedback_dtype(device, dtype, rows)
         columns = layout.widest if self.rule.shared else features

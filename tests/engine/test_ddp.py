@@ -7,6 +7,7 @@ wait here is bounded, and what torch's own DistributedDataParallel cannot do is 
 import os
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def train(rank, folder):
         )
     for kind in KINDS:
         found[kind] = half_of(kind, rank, nn.parallel.DistributedDataParallel)
+    found["anchored"] = anchored(nn.parallel.DistributedDataParallel, rank)
     mesh = init_device_mesh("cpu", (2,))
     for kind in SHARDED:
         for by_block in (False, True):
@@ -127,6 +129,20 @@ def half_of(kind, rank, wrap):
     if wrap is nn.parallel.DistributedDataParallel:  # which must have averaged them itself
         return {name: p.grad for name, p in parameters.items()}
     return {name: averaged(p.grad) for name, p in parameters.items()}
+
+
+def anchored(wrap, rank=None):
+    """The gradients of the first pass between anchors, and B: of this process's half of the batch,
+    or of all of it. Only the sums over both halves give both the B of all."""
+    model = build_kind("mlp", feedback=replace(RULE, anchor=100))
+    wrapped = wrap(model)
+    (x,), g = data("mlp", ROWS)
+    rows = slice(None) if rank is None else slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    for number in range(4):
+        wrapped.zero_grad()
+        error = g * (1 + number * x[:, :1])
+        run(wrapped, [x[rows] + number], (1 if rank is None else 2) * error[rows])
+    return gradients(model) | {name: model.feedback_matrix(name) for name in model.feedback_points}
 
 
 def averaged(gradient):
@@ -228,6 +244,12 @@ def test_networks_have_the_gradients_of_the_joint_batch(found, kind):
     run(joint.eval(), *data(like, ROWS))
     for rank in (0, 1):
         assert_close(found[rank][kind], {name: p.grad for name, p in trained(joint).items()})
+
+
+def test_anchors_fit_b_to_the_joint_batch(found):
+    joint = anchored(lambda model: model)
+    for rank in (0, 1):
+        assert_close(found[rank]["anchored"], joint)
 
 
 def test_the_joint_batch_sees_both_halves():

@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastdfa
 from fastdfa.engine import norms, stages
+from fastdfa.ops import loading, products
 
 X, G = randn(6, 5), randn(6, 3)
 WIDTHS = [5, 12, 8, 9, 3]
@@ -33,14 +34,14 @@ def is_one_node(y):
     return y.grad_fn.name() == "SegmentNodeBackward"
 
 
-def passed(model, x=X, g=G, same=same_gradients):
+def passed(model, x=X, g=G):
     """Whether a pass of this model, after one like it, goes round the layers; both are right."""
     other = one_by_one(model)
     for _ in range(2):
         model.zero_grad(), other.zero_grad()
         y, expected = step(model, x, g), step(other, x, g)
         assert torch.equal(y, expected)
-        same(model, other)
+        same_gradients(model, other)
     assert not is_one_node(expected)
     return is_one_node(y)
 
@@ -103,15 +104,13 @@ def test_under_autocast():
     assert is_one_node(y) and y.dtype == torch.float16
 
 
-def test_one_layer_twice():
+def test_one_layer_twice(monkeypatch):
+    if loading.available("cpu"):  # torch rounds a group of products of one size otherwise than one
+        monkeypatch.setattr(products, "library", lambda: "fastdfa")
     layer = fastdfa.Linear(8, 8, activation="tanh")
     first, head = fastdfa.Linear(5, 8, activation="tanh"), fastdfa.Linear(8, 3)
     model = fastdfa.DFA(nn.Sequential(first, layer, layer, head).double(), feedback=RULE)
-
-    def to_rounding(one, other):  # on some processors the two gradients of one weight add otherwise
-        assert_close(gradients(one), gradients(other), 1e-14)
-
-    assert passed(model, same=to_rounding)
+    assert passed(model)
 
 
 def test_a_converted_network():

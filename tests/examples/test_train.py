@@ -300,7 +300,7 @@ def without_times(folder):
 def test_a_run_and_what_it_leaves(tmp_path, capsys):
     assert run(tmp_path / "a") == 0
     output = capsys.readouterr().out
-    for words in ("test accuracy", "time a step", "speed against backprop", "layer"):
+    for words in ("test accuracy", "time a step", "speed against backprop", "layer 2"):
         assert words in output
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
         "results.json",

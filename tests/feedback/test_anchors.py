@@ -1,14 +1,17 @@
 """Anchored feedback: some passes are backprop, and B is a least-squares fit to their gradients."""
 
 import copy
+import gc
 import io
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.kinds import KINDS, by_hand, data, run
+from helpers.formulas import unit_feedback
+from helpers.kinds import FASTDFA, KINDS, by_hand, data, images, run
 from helpers.kinds import build as build_kind
 from helpers.networks import (
     BATCH,
@@ -24,10 +27,13 @@ from helpers.networks import (
     randn,
     step,
 )
+from helpers.signals import sent, stream_of
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import fastdfa
+from fastdfa.engine.anchor import Observation
 from fastdfa.feedback import anchors
 
 X, G = BATCH, ERROR
@@ -40,10 +46,47 @@ def anchored(every=100, **options):
     return mlp(WIDTHS, ["tanh", "relu"], feedback=rule, **options)
 
 
+def with_positions(of):
+    """One feedback for all positions of a channel."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), of.FeedbackPoint(features=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    )
+
+
+class TwoReaders(nn.Module):
+    """Two layers read one tensor, which is one point."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.first = of.Linear(5, 8, activation="tanh")
+        self.left, self.right, self.head = of.Linear(8, 6), of.Linear(8, 6), of.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.head(torch.tanh(self.left(h) * self.right(h)))
+
+
+NETWORKS = KINDS | {
+    "positions": (with_positions, images, lambda n: (n, 3)),
+    "two readers": (TwoReaders, *KINDS["mlp"][1:]),
+}
+
+
+def build(kind, **options):
+    torch.manual_seed(0)
+    return fastdfa.DFA(NETWORKS[kind][0](FASTDFA).double(), **{"feedback": RULE} | options)
+
+
+def given_to(kind, n=6):
+    """Inputs, and an error for the output."""
+    _, inputs, error = NETWORKS[kind]
+    return inputs(n, torch.float64), randn(*error(n), seed=1)
+
+
 def observed(kind, model, inputs, g):
     """Output, gradients and true gradients at the points of a network of torch's own layers."""
     of, cuts = by_hand(cuts=False)
-    plain = KINDS[kind][0](of).to(g.dtype)
+    plain = NETWORKS[kind][0](of).to(g.dtype)
     plain.load_state_dict(model.module.state_dict())
     y = plain(*inputs)
     for x in cuts.tensors:
@@ -79,10 +122,10 @@ def fitted(passes):
     return B * (square / made).sqrt(), explained.item()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_first_pass_is_backprop_and_fits_every_b(kind, path):
-    model = build_kind(kind, feedback=RULE)
-    inputs, g = data(kind)
+    model = build(kind)
+    inputs, g = given_to(kind)
     y, true, cuts = observed(kind, model, inputs, g)
     assert_close(run(model, inputs, g), y)
     assert_close(gradients(model), true)
@@ -96,19 +139,19 @@ def test_first_pass_is_backprop_and_fits_every_b(kind, path):
         assert shares[name] == pytest.approx(explained, abs=1e-8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_between_anchors_a_pass_is_that_of_given_matrices(kind, path):
-    model = build_kind(kind, feedback=RULE)
-    run(model, *data(kind))
+    model = build(kind)
+    run(model, *given_to(kind))
     for _ in range(2):  # that of number 1 is an anchor, that of number 3 is none
         model.zero_grad()
-        run(model, *data(kind))
+        run(model, *given_to(kind))
     model.zero_grad()
-    run(model, *data(kind))
+    run(model, *given_to(kind))
     B = {name: model.feedback_matrix(name) for name in model.feedback_points}
-    other = build_kind(kind, matrices=B)
+    other = build(kind, feedback=replace(RULE, anchor=None), matrices=B)
     other.module.load_state_dict(model.module.state_dict())
-    run(other, *data(kind))
+    run(other, *given_to(kind))
     assert_close(gradients(model), gradients(other))
 
 
@@ -165,11 +208,11 @@ def test_anchors_are_doubled_at_first_and_regular_then(path):
 
 
 def test_passes_anchor_until_one_has_been_through_its_backward_pass():
-    model = anchored(every=5)
-    for _ in range(4):
+    model = anchored()
+    for _ in range(3):
         model(X)  # and no backward pass
     assert not model.explained
-    step(model, X, G)
+    step(model, X, G)  # number 3, which is no anchor otherwise
     assert list(model.explained) == ["1", "2"]
 
 
@@ -186,13 +229,30 @@ def test_diagnostics_and_passes_without_gradients_are_not_counted():
 
 
 def test_alignment_of_the_pass_that_was_fitted():
-    """With one class more than the gradient has directions, the fit of the last point is exact."""
+    """At the last point the gradient is linear in e, and the fit exact but for the ridge."""
     model = mlp([5, 6, 7, 4], "tanh", feedback=RULE)
     x, g = randn(50, 5), randn(50, 4, seed=1)
     step(model, x, g)
     found = fastdfa.alignment(model, lambda y, g: (y * g).sum(), x, g)
-    assert found["2"].mean > 0.999  # that of the output layer is linear in e
+    assert found["2"].mean > 0.999
     assert 0.5 < found["1"].mean < 0.999
+
+
+def true_gradients(model, x, g):
+    """At the two points of an MLP of three layers."""
+    a = [x]
+    for layer in model.module:
+        a.append(layer(a[-1]))
+    return torch.autograd.grad((a[-1] * g).sum(), a[1:-1])
+
+
+def projected(model, g, y):
+    """What the rule of a model sends, by formulas of its own."""
+    rule = model.feedback
+    if rule.rank is None:
+        return sent(rule.signal, g, y, False, TARGET)
+    Q = unit_feedback(rule.seed, g.shape[1], rule.rank, "normal", stream_of("Q of B = Q P"))
+    return g @ Q / rule.rank**0.5
 
 
 @pytest.mark.parametrize("rule", [
@@ -201,23 +261,13 @@ def test_alignment_of_the_pass_that_was_fitted():
 def test_b_is_fitted_for_what_is_sent(rule, path):
     model, plain = anchored(rule=rule), anchored()
     model.target = TARGET
-    step(model, X, G)
+    y = step(model, X, G)
     step(plain, X, G)
     assert_close(gradients(model), gradients(plain))
-    e = G / 1.0
-    if rule == {"signal": "sign"}:
-        z = e.sign()
-        z = z * e.norm(dim=1, keepdim=True) / z.norm(dim=1, keepdim=True)
-    elif rule == {"rank": 2}:
-        z = e @ fastdfa.engine.finish.low_of(model, 4, e.device).to(e)
-    else:
-        return
-    a = [X]
-    for layer in model.module:
-        a.append(layer(a[-1]))
-    true = torch.autograd.grad((a[-1] * G).sum(), a[1:-1])
-    low = model.bank.matrix(model.read_seed(), model.planner.layout, model.planner.layout.points[0])
-    assert_close(low, fitted([(z, true[0], true[0].square().sum())])[0], 1e-6)
+    z = projected(model, G, y)
+    for size, g in zip(model.planner.layout.points, true_gradients(model, X, G), strict=True):
+        made = model.bank.matrix(model.read_seed(), model.planner.layout, size)
+        assert_close(made, fitted([(z, g, g.square().sum())])[0], 1e-6)
 
 
 def test_a_tap():
@@ -251,10 +301,11 @@ def test_a_scaled_loss_fits_the_same(context):
     made = []
     for scale in (1.0, 2.0**14):
         model = anchored(dtype=torch.float32)
-        for factor in (1.0, scale):
+        for number, factor in enumerate((1.0, scale)):  # of other inputs and errors
+            x, g = (randn(*each.shape, seed=number + 5).float() for each in (X, G))
             with context():
-                y = model(X.float())
-            ((y * G.float()).sum() * factor).backward()
+                y = model(x)
+            ((y * g).sum() * factor).backward()
         made.append(model.feedback_matrix("1"))
     assert_close(*made, 1e-2 if context is not nullcontext else 1e-5)
 
@@ -400,13 +451,45 @@ def test_a_compiled_network_anchors(backend):
     torch._dynamo.reset()
 
 
-def test_nothing_is_kept_of_a_pass():
-    model = anchored()
-    y = step(model, X, G)
-    node = y.grad_fn
-    del y, node
-    assert not [x for x in model.buffers() if x.grad_fn is not None]
-    assert not any(p.requires_grad for p in model.matrices.values())
+def test_nothing_is_kept_of_an_anchor(monkeypatch):
+    """Neither the true gradients and the error after the backward pass, nor the rest without y."""
+    model, gradient, kept, passes = anchored(), Observation.gradient, [], []
+
+    def watched(self, number, arrived):
+        passes.append(weakref.ref(self))
+        kept.extend(StorageWeakRef(x.untyped_storage()) for x in (arrived, self.sent))
+        gradient(self, number, arrived)
+
+    monkeypatch.setattr(Observation, "gradient", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        y = model(X)
+        (y * randn(*G.shape, seed=3)).sum().backward()
+        assert len(kept) == 4 and all(reference.expired() for reference in kept)
+        assert all(reference() is not None for reference in passes)  # y holds the graph
+        del y
+        assert all(reference() is None for reference in passes)
+    finally:
+        gc.enable()
+
+
+def test_fitted_b_lies_as_channels_last_points_do():
+    """The copies in that order follow B, which an anchor fits anew between the passes."""
+    model = build_kind("cnn", torch.float32, feedback=replace(RULE, anchor=100))
+    model = model.to(memory_format=torch.channels_last)
+    for number in range(6):  # 0, 1, 2 and 4 anchor
+        (x,), g = data("cnn", dtype=torch.float32)
+        x = (x + 0.3 * number).to(memory_format=torch.channels_last)
+        model.zero_grad()
+        run(model, (x,), g * (1 + g[:, :1] * number))
+        if number in (3, 5):
+            B = {name: model.feedback_matrix(name) for name in model.feedback_points}
+            other = build_kind("cnn", torch.float32, matrices=B)
+            other.module.load_state_dict(model.module.state_dict())
+            run(other, (x,), g * (1 + g[:, :1] * number))
+            assert any(product.order for product in model.planner._plan.products)
+            assert_close(gradients(model), gradients(other), 1e-5)
 
 
 # Refused.

@@ -14,7 +14,7 @@ import fastdfa
 
 from .formulas import ACTIVATIONS
 from .kinds import FASTDFA, MODULES, by_hand
-from .networks import Apply, randn
+from .networks import RULE, Apply, randn
 from .signals import matrix, sent
 
 # Names, and modules that the kernels know or do not.
@@ -253,7 +253,7 @@ class Program(Operation):
     tail: tuple | None = None  # what is behind the tap
     outputs: int | None = None  # of the tail
     sequential: bool = True
-    rule: fastdfa.Feedback = fastdfa.Feedback(seed=1)  # noqa: RUF009 (frozen, so it may be shared)
+    rule: fastdfa.Feedback = RULE
     signal: str = "error"
     raw: bool = False
     batches: tuple = (3,)

@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 from .engine import sharding, whole
 from .engine.anchor import AnchorTape
 from .engine.finish import ONE_ERROR, finish, low_of, sender_of, take_target
+from .engine.handed import Handing
 from .engine.plan import names_of
 from .engine.planner import Planner
 from .engine.root import Root, exporting
-from .engine.tape import Tape, state
+from .engine.tape import Tape, TracedTape, state
 from .feedback import rule as rules
 from .feedback.anchors import Anchors
 from .feedback.bank import Bank, Layout
@@ -29,6 +30,7 @@ from .nn.converted import Conversion
 from .nn.point import cut_modules
 from .ops import capture
 from .ops.reference import accumulation_dtype
+from .ops.tracing import check_or_untrace, traced, transformed, wants_gradient
 from .ops.typed import uncompiled
 from .projectors import Projector
 
@@ -81,7 +83,11 @@ class DFA(Root):
     """
 
     looks_ahead = True  # whether layers may be computed ahead of their calls, or without them
-    made_again = (*Root.made_again, "planner", "cut_at", "_after")
+    made_again = (*Root.made_again, "planner", "handing", "cut_at", "_after")
+    settings = (
+        "feedback", "cut", "output", "allow_bypass", "matrices", "projector", "learning",
+        "compression",
+    )  # fmt: skip
     compression: nn.Parameter | None
     conversion: Conversion  # of a root that `convert` has made
 
@@ -136,6 +142,8 @@ class DFA(Root):
         plain = not torch.is_grad_enabled() or exporting()
         if plain or any(self is root for root in state.true_gradients):
             return self.module(*args, **kwargs)
+        if transformed():
+            check_or_untrace()
         if state.instead and self in state.instead:
             return state.instead[self](args, kwargs)
         if self.anchors is not None and self._is_anchor(self.anchors):
@@ -148,15 +156,16 @@ class DFA(Root):
                 classes = plan.layout.classes
                 sender = sender_of(self, plan.layout, args[0].device, classes, target)
                 return whole.forward(network, plan, *args, sender)
-        sharded = not torch.compiler.is_compiling() and sharding.watch_sharded_blocks(self.module)
-        tape = Tape(self, _inputs(args, kwargs), self.install_tap())
+        sharded = not traced() and sharding.watch_sharded_blocks(self.module)
+        kind = TracedTape if torch.compiler.is_compiling() else Tape
+        tape = kind(self, _inputs(args, kwargs), self.install_tap())
         # The weights of a sharded layer are there when it is called.
         tape.looks_ahead = self.looks_ahead and not sharded and self.projector is None
         return self.run(tape, args, kwargs)
 
     def _may_be_whole(self) -> bool:
         plain = self.learning is None and self.projector is None and self.output is None
-        return plain and self.looks_ahead and not torch.compiler.is_compiling()
+        return plain and self.looks_ahead and not traced()
 
     @uncompiled
     def _is_anchor(self, anchors: Anchors) -> bool:
@@ -391,6 +400,7 @@ class DFA(Root):
 
     def _reset(self) -> None:
         self.planner = Planner()
+        self.handing = Handing(self.bank)
         self.bank.reset()
         super()._reset()
         self.install_tap()
@@ -458,7 +468,7 @@ def _make_room(
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Returns the tensors among the arguments that require grad."""
     leaves = tree_leaves((args, kwargs))
-    return [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    return [x for x in leaves if isinstance(x, Tensor) and wants_gradient(x)]
 
 
 def _check_tap(module: nn.Module, output: str | None) -> None:

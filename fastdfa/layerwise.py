@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .engine import sites
 from .engine.layers import CutLayer
 from .engine.root import Root, exporting, names_in
 from .engine.tape import state
@@ -17,6 +19,7 @@ from .feedback.rule import Feedback, Source, check_scale, hash_of, ready_on_ever
 from .nn.converted import Conversion, plain_layers
 from .ops import capture
 from .ops.reference import accumulation_dtype
+from .ops.tracing import traced, transformed
 from .ops.typed import constant
 
 RULES = ("fa", "usf", "frsf", "brsf", "backprop")
@@ -89,7 +92,8 @@ class LayerFeedback(Root):
         TypeError, ValueError: for arguments that are not so, or a root inside `module`.
     """
 
-    made_again = (*Root.made_again, "_matrices")
+    made_again = (*Root.made_again, "_matrices", "_sites")
+    settings = ("rule", "scale")
     conversion: Conversion  # of a root that `convert` has made
     _matrices: dict[tuple[Any, ...], Tensor]
 
@@ -124,6 +128,11 @@ class LayerFeedback(Root):
         plain = self.rule == "backprop" or any(self is root for root in state.true_gradients)
         if plain or not torch.is_grad_enabled() or exporting():
             return self.module(*args, **kwargs)
+        if transformed():
+            raise RuntimeError(
+                "a LayerFeedback was called inside a transform of torch.func, which it does not "
+                "know: call backward(), or fastdfa.backprop(model) for true gradients"
+            )
         state.layer_rule = self
         try:
             return self.module(*args, **kwargs)
@@ -152,12 +161,10 @@ class LayerFeedback(Root):
         """Returns what a layer reads in backward, for its call in a forward pass."""
         if layer not in self._names:
             self._find_names()
-        shape, dtype, device = layer.weight.shape, layer.weight.dtype, layer.weight.device
-        scale, matrix = self._deviation(tuple(shape)), None
+        matrix = None
         if self.rule in ("fa", "frsf"):
-            name = self._names.get(layer, type(layer).__name__)
-            (matrix,) = self._matrix(self.read_seed(), name, tuple(shape), dtype, device)
-        return RuleWeight(self.rule, scale, matrix)
+            matrix = self._matrix(self._names.get(layer, type(layer).__name__), layer.weight)
+        return RuleWeight(self.rule, self._deviation(tuple(layer.weight.shape)), matrix)
 
     def extra_repr(self) -> str:
         return f"rule={self.rule!r}, scale={self.scale!r}"
@@ -169,21 +176,33 @@ class LayerFeedback(Root):
         positions = math.prod(shape[2:])
         return SCALES[self.scale](max(shape[1] * positions, 1), max(shape[0] * positions, 1))
 
-    # In a tuple and as a constant of a compiled step, as `Bank._dense`.
-    @constant
-    def _matrix(
-        self,
-        seed: int,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> tuple[Tensor]:
+    def _matrix(self, name: str, weight: Tensor) -> Tensor:
         """Returns M of a layer, or its absolute value where that is what the rule reads."""
-        key = (seed, name, shape, dtype, device)
+        like = (name, tuple(weight.shape), weight.dtype, weight.device)
+        if traced():
+            seed, site = sites.now(self.seed, self._sites), self._site(self.stamp, *like)
+            drawn: Tensor = torch.ops.fastdfa.drawn(seed, site)
+            return drawn
+        return self._drawn(self.read_seed(), *like)
+
+    @constant
+    def _site(self, stamp: int, *like: Any) -> int:
+        """Returns the number of what draws M in a compiled step."""
+        this = weakref.ref(self)  # which keeps its sites
+
+        def draw(seed: int) -> Tensor:
+            root = this()
+            assert root is not None  # as its sites live
+            return root._drawn(seed, *like)
+
+        return self._sites.number((stamp, *like), lambda: sites.Drawing(draw, *like[1:]))
+
+    def _drawn(self, seed: int, name: str, *of_weight: Any) -> Tensor:
+        key = (seed, self.stamp, name, *of_weight)
         if key not in self._matrices:
             capture.refuse(capture.MADE_BEFORE.format("make its B"))
-            self._matrices = {k: m for k, m in self._matrices.items() if k[0] == seed}
+            shape, dtype, device = of_weight
+            self._matrices = {k: m for k, m in self._matrices.items() if k[:2] == key[:2]}
             dtype_drawn = accumulation_dtype(dtype)
             source = Source(seed, hash_of(name), "uniform", 1.0, dtype_drawn, device)
             matrix = source.matrix(shape[0], math.prod(shape[1:])).reshape(shape)
@@ -191,11 +210,12 @@ class LayerFeedback(Root):
             self._matrices[key] = ready_on_every_stream(
                 (matrix.abs() if self.rule == "frsf" else matrix).to(dtype)
             )
-        return (self._matrices[key],)
+        return self._matrices[key]
 
     def _reset(self) -> None:
         super()._reset()
         self._matrices = {}
+        self._sites = sites.Sites()
 
 
 def _warn_of_plain_layers(module: nn.Module) -> None:

@@ -49,10 +49,15 @@ class Product(NamedTuple):
 
     def shaped(self, product: Tensor, shape: torch.Size) -> Tensor:
         """Returns the matrix as a tensor of the point's shape, and in its memory format."""
-        if not self.order:
-            return product.view(shape)
-        channels, *positions = self.order
-        return product.view(-1, *positions, channels).movedim(-1, 1)
+        return shaped(product, shape, self.order)
+
+
+def shaped(product: Tensor, shape: torch.Size, order: tuple[int, ...]) -> Tensor:
+    """Returns a matrix as a tensor of a point's shape; see `Product.order`."""
+    if not order:
+        return product.view(shape)
+    channels, *positions = order
+    return product.view(-1, *positions, channels).movedim(-1, 1)
 
 
 class Drawn(NamedTuple):

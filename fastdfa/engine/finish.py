@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,12 @@ from torch import Tensor
 from .. import signals
 from ..feedback.bank import Layout
 from ..matrices import Matrices
+from ..ops.tracing import traced
 from ..projectors import Projected
-from .broadcast import Broadcast, Receiver, Sender, as_matrix
-from .nodes import RootNode, Sending, Token, Traced
+from . import sites
+from .broadcast import Receiver, Sender, as_matrix
+from .handed import HandingNode
+from .nodes import RootNode, Sending, Token
 from .plan import what_is_read
 from .planner import Planner
 from .tape import Point, Tape, TrainedRoot, watched
@@ -28,15 +31,53 @@ def finish(root: TrainedRoot, planner: Planner, tape: Tape, y: Any) -> Any:
     """Returns the output y with the backward of DFA behind it."""
     check_output(y, root.output)
     points = tape.in_order()
+    if traced():
+        return _handing(root, planner, points, y)
     for layer in tape.in_vain():
         root.follows(layer, None)
-    if not torch.compiler.is_compiling():
-        points = [announced(point) for point in points]
+    points = [announced(point) for point in points]
     plan = planner.plan(root, tape, points, y)
+    sent = _sent(root, planner, points, y)
+    if not points:
+        return y
+    broadcast = tape.broadcast(plan)
+    for number, point in enumerate(points):
+        receiver: Any = point.receiver  # there, as the point is `announced`
+        receiver.set(broadcast, number, point.place)
+    tokens = list({id(point.token): point.token for point in points}.values())  # a run has one
+    sending = Sending(broadcast, sent.sender, root.learning, len(sent.learnt) // 2)
+    return RootNode.apply(sending, y, sent.output, sent.low, sent.target, *sent.learnt, *tokens)
+
+
+def _handing(root: TrainedRoot, planner: Planner, points: Sequence[Point], y: Tensor) -> Tensor:
+    """Returns y of a pass that is traced or transformed."""
+    handed, given = planner.handed(root, points, y)
+    sent = _sent(root, planner, points, y)
+    if not points:
+        return y
+    handed = handed._replace(sender=sent.sender, learnt=len(sent.learnt) // 2)
+    seed = sites.now(root.seed, root.handing.sites)
+    tokens = [point.token for point in points]
+    before: Any = (handed, y, sent.output, sent.low, sent.target, seed)
+    result: Tensor = HandingNode.apply(*before, *given, *sent.learnt, *tokens)
+    return result
+
+
+class _Sent(NamedTuple):
+    """Holds what the node behind the output reads beside it and the tokens."""
+
+    sender: Sender | None
+    output: Tensor | None
+    low: Tensor | None
+    target: Tensor | None
+    learnt: list[Tensor]  # what every point reads, then the matrix of each, where these learn
+
+
+def _sent(root: TrainedRoot, planner: Planner, points: Sequence[Point], y: Tensor) -> _Sent:
     given = take_target(root)
     sender = sender_of(root, planner.layout, y.device, root.columns(y.shape[-1]), given)
     if not points:
-        return y
+        return _Sent(None, None, None, None, [])
     target = None
     if sender is not None:
         sender = sender.checked(y)
@@ -53,19 +94,7 @@ def finish(root: TrainedRoot, planner: Planner, tape: Tape, y: Any) -> Any:
     output = y if sender is not None and sender.signal.needs_output else None
     if sender is not None:
         sender = sender._replace(low=None, target=None)
-    tokens = [point.token for point in points]
-    matrices: list[Tensor] = []
-    if torch.compiler.is_compiling():
-        matrices, places = _distinct(plan.dense)
-        broadcast: Broadcast | Traced = Traced(plan.drawn, plan.products, places)
-    else:
-        broadcast = made = tape.broadcast(plan)
-        for number, point in enumerate(points):
-            receiver: Any = point.receiver  # there, as the point is `announced`
-            receiver.set(made, number, point.place)
-        tokens = list({id(token): token for token in tokens}.values())  # a run has one for all
-    sending = Sending(broadcast, sender, learning, len(matrices), len(learnt) // 2)
-    return RootNode.apply(sending, y, output, low, target, *matrices, *learnt, *tokens)
+    return _Sent(sender, output, low, target, learnt)
 
 
 def announced(point: Point) -> Point:
@@ -86,22 +115,6 @@ def _reads_and_matrices(
     names = root.names_of_points([point.layer for point in points])
     reads = [what_is_read(point, rows) for point in points]
     return reads + [matrices.of(name) for name in names]
-
-
-def _distinct(dense: Sequence[Tensor | None]) -> tuple[list[Tensor], tuple[int | None, ...]]:
-    """Returns the matrices, each once, as Dynamo refuses a tensor that it is given twice; and for
-    each point which one it has."""
-    matrices: list[Tensor] = []
-    places: list[int | None] = []
-    for matrix in dense:
-        if matrix is None:
-            places.append(None)
-            continue
-        found = [i for i, other in enumerate(matrices) if other is matrix]
-        if not found:
-            matrices.append(matrix)
-        places.append(found[0] if found else len(matrices) - 1)
-    return matrices, tuple(places)
 
 
 def take_target(root: TrainedRoot) -> Tensor | None:
@@ -142,6 +155,10 @@ def low_of(root: TrainedRoot, columns: int, device: torch.device) -> Tensor:
     """Returns Q [columns, rank] of B = Q P: the one that learns, or one of the seed."""
     if root.compression is not None:
         return root.compression.detach()
+    if traced():
+        seed = sites.now(root.seed, root.handing.sites)
+        drawn: Tensor = torch.ops.fastdfa.drawn(seed, root.handing.low(root.stamp, columns, device))
+        return drawn
     return root.bank.low(root.read_seed(), columns, device)
 
 

@@ -19,9 +19,8 @@ from .. import ops
 from ..activations import Gate
 from ..matrices import Learning, learning_gradients
 from ..ops.typed import Function
-from ..projectors import Projected
 from . import norms
-from .broadcast import Broadcast, Call, Drawn, Product, Sender, as_matrix, make
+from .broadcast import Broadcast, Sender, as_matrix
 from .stages import Backward, Saved, compute, in_dtype, plain_linear
 
 # An edge of the graph: a node, and which of its outputs.
@@ -213,30 +212,25 @@ class Token(Function):
     """Holds the place of x in the graph at this moment, without holding its memory.
 
     (x itself would do, but for a later modification in place, which moves x to another place in the
-    graph.) Where a receiver is given, a gradient of the token announces the feedback; else it is
-    the feedback. It goes on to x: of [*rows, n], where x has positions, to every one of them,
-    divided by the square root of their number, so that a row's is as long as without positions (so
-    does TinyDFA, arXiv 2006.12878). Positions are the dimensions behind the rows other than
-    `features`, of size n.
+    graph.) A gradient of the token announces the feedback, which goes on to x: of [*rows, n], where
+    x has positions, to every one of them, divided by the square root of their number, so that a
+    row's is as long as without positions (so does TinyDFA, arXiv 2006.12878). Positions are the
+    dimensions behind the rows other than `features`, of size n.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Any, features: Any, receiver: Any) -> Any:
         ctx.rows, ctx.features, ctx.receiver = rows, features, receiver
         ctx.shape = x.shape
-        if receiver is not None:
-            return x.new_empty(())
-        shape = x.shape if features is None else (*x.shape[:rows], x.shape[features])
-        return x.new_empty(()).expand(shape)
+        return x.new_empty(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, feedback: Tensor) -> Any:
+    def backward(ctx: Any, announced: Tensor) -> Any:
         rows, features, shape = ctx.rows, ctx.features, ctx.shape
-        if ctx.receiver is not None:
-            broadcast, (number,) = ctx.receiver.broadcast, ctx.receiver.numbers
-            fed = shape if features is None else (*shape[:rows], shape[features])
-            feedback = broadcast.products[number].shaped(broadcast.feedback(number), fed)
+        broadcast, (number,) = ctx.receiver.broadcast, ctx.receiver.numbers
+        fed = shape if features is None else (*shape[:rows], shape[features])
+        feedback = broadcast.products[number].shaped(broadcast.feedback(number), fed)
         if features is not None:
             feedback = spread(feedback, shape, rows, features)
         return feedback, None, None, None
@@ -249,35 +243,19 @@ def spread(feedback: Tensor, shape: torch.Size, rows: int, features: int) -> Ten
     return one.movedim(rows, features).expand(shape)
 
 
-class Traced(NamedTuple):
-    """Says how a traced step hands the feedback to its tokens, as no node can ask for anything
-    there.
-
-    Attributes:
-        drawn, products: of the plan.
-        places: for each point, which of the dense matrices is its B; None where it is generated.
-    """
-
-    drawn: Drawn
-    products: Sequence[Product]
-    places: Sequence[int | None]
-
-
 class Sending(NamedTuple):
     """Says how the root of a pass sends its error.
 
     Attributes:
-        broadcast: what nodes ask for their feedback; or how that is handed to them.
+        broadcast: what nodes ask for their feedback.
         sender: what makes a signal of the error; None where that is the error itself.
         learning: how matrices learn from the error; None where none does.
-        matrices: how many dense matrices are among the tensors.
         learnt: how many matrices learn.
     """
 
-    broadcast: Broadcast | Traced
+    broadcast: Broadcast
     sender: Sender | None
     learning: Learning | None
-    matrices: int
     learnt: int
 
 
@@ -285,8 +263,8 @@ class RootNode(Function):
     """Passes the output y through; in backward begins the broadcast of its error, and gives the
     matrices that learn their gradients.
 
-    The tensors after the target: the dense matrices of a traced pass; what the points read, then
-    the matrices, where these learn; and the tokens.
+    The tensors after the target: what the points read, then the matrices, where these learn; and
+    the tokens.
     """
 
     @staticmethod
@@ -301,11 +279,9 @@ class RootNode(Function):
     ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.sending, ctx.count = sending, len(tensors)
-        saved = sending.matrices + 2 * sending.learnt
-        tokens = tensors[saved:]
-        ctx.places = [(token.dtype, token.device) for token in tokens]
-        shapes = tokens if isinstance(sending.broadcast, Traced) else ()  # without memory
-        ctx.save_for_backward(output, low, target, *tensors[:saved], *shapes)
+        saved = 2 * sending.learnt
+        ctx.places = [(token.dtype, token.device) for token in tensors[saved:]]
+        ctx.save_for_backward(output, low, target, *tensors[:saved])
         return y.view_as(y)
 
     @staticmethod
@@ -315,8 +291,7 @@ class RootNode(Function):
         if error is None:
             return (None,) * (5 + ctx.count)
         output, low, target, *tensors = ctx.saved_tensors
-        dense, rest = tensors[: sending.matrices], tensors[sending.matrices :]
-        reads, learnt = rest[: sending.learnt], rest[sending.learnt : 2 * sending.learnt]
+        reads, learnt = tensors[: sending.learnt], tensors[sending.learnt :]
         grads: list[Tensor | None] = []
         e, low_grad = as_matrix(error), None
         if sending.learning is not None:
@@ -325,13 +300,9 @@ class RootNode(Function):
         if sending.sender is not None:
             sender = sending.sender._replace(low=low, target=target)
             sent = sender.of(error, output)
-        if isinstance(sending.broadcast, Traced):
-            announced = _handed(sending.broadcast, sent, dense, rest[2 * sending.learnt :])
-        else:
-            sending.broadcast.begin(sent)
-            announced = _announcements(e, ctx.places)
-        nothing = [None] * (sending.matrices + sending.learnt)
-        return None, error, None, low_grad, None, *nothing, *grads, *announced
+        sending.broadcast.begin(sent)
+        nothing = [None] * sending.learnt
+        return None, error, None, low_grad, None, *nothing, *grads, *_announcements(e, ctx.places)
 
 
 def _announcements(e: Tensor, places: Sequence[tuple[torch.dtype, torch.device]]) -> list[Tensor]:
@@ -341,30 +312,6 @@ def _announcements(e: Tensor, places: Sequence[tuple[torch.dtype, torch.device]]
         if place not in zeros:
             zeros[place] = e.new_zeros((), dtype=place[0], device=place[1])
     return [zeros[place] for place in places]
-
-
-def _handed(
-    traced: Traced,
-    sent: Tensor | Projected,
-    dense: Sequence[Tensor],
-    tokens: Sequence[Tensor],
-) -> list[Tensor]:
-    """Returns the feedback of every token, the products of one dtype and device by one call."""
-    if isinstance(sent, Projected):
-        sent = sent.tensor()
-    made: dict[Product, Tensor] = {}
-    groups: dict[tuple[torch.dtype, torch.device], dict[Product, int | None]] = {}
-    for product, place in zip(traced.products, traced.places, strict=True):
-        groups.setdefault((product.dtype, product.device), {})[product] = place
-    for (dtype, device), group in groups.items():
-        there = sent.to(device)
-        blanks = [there.new_empty((), dtype=dtype).expand(len(sent), p.features) for p in group]
-        matrices = [None if place is None else dense[place] for place in group.values()]
-        call = Call.of(traced.drawn, list(group), matrices)
-        deltas, _ = make(traced.drawn, there, call, blanks)
-        made.update(zip(group, deltas, strict=True))
-    pairs = zip(traced.products, tokens, strict=True)
-    return [product.shaped(made[product], token.shape) for product, token in pairs]
 
 
 class BackwardWeight(Protocol):

@@ -101,9 +101,7 @@ def product_of(
     y tells the rows of the error.
     """
     _, features, dtype, device = settled.size
-    order: tuple[int, ...] = ()
-    if not projected and bank.keeps(layout, dtype):  # so that its columns can lie as the point does
-        order = _channels_last(point, y)
+    order = order_of(point, y, bank, layout, projected)
     gate, run = None, point.run
     if run is not None:
         rows = y.shape[:-1]
@@ -111,6 +109,15 @@ def product_of(
         in_order = bool(order) or point.tensor.is_contiguous()
         gate = run.gates[point.place] if by_rows and in_order else None
     return Product(gate, settled.scale, settled.stream, features, order, dtype, device)
+
+
+def order_of(
+    point: Point, y: Tensor, bank: Bank, layout: Layout, projected: bool
+) -> tuple[int, ...]:
+    """Returns the sizes (C, *S) of a point whose B is kept, so that its columns can lie as the
+    point does, as [*S, C]; else ()."""
+    kept = not projected and bank.keeps(layout, point.tensor.dtype)
+    return _channels_last(point, y) if kept else ()
 
 
 def _channels_last(point: Point, y: Tensor) -> tuple[int, ...]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..feedback.bank import Layout, Settled, Size
+from ..matrices import SHARED
 from ..ops.typed import constant
 from . import bypass, plan, whole
 from .broadcast import Alike, Drawn, Product
+from .handed import Handed
 from .plan import Plan
 from .tape import Point, Tape, TrainedRoot
 from .whole import Whole
@@ -49,8 +50,6 @@ class Planner:
             ValueError, TypeError, RuntimeError: where a point does not fit the error, and for a way
                 round a cut.
         """
-        if torch.compiler.is_compiling():  # a traced plan is part of the graph
-            return self._planned(root, tape, points, y, None)
         key = (*plan.key_of(points, y), root.read_seed(), *root.bank.version())
         made = self._plan  # which another thread may exchange meanwhile
         if made is None or made.key != key:
@@ -61,9 +60,8 @@ class Planner:
     def _planned(
         self, root: TrainedRoot, tape: Tape, points: Sequence[Point], y: Tensor, key: Any
     ) -> Plan:
-        names = root.names_of_points([point.layer for point in points])
-        layout = plan.lay_out(points, names, y, root.columns(y.shape[-1]))
-        if not torch.compiler.is_compiling() and layout != self._checked:
+        layout, names = self._laid_out(root, points, y)
+        if layout != self._checked:
             bypass.check(root, tape, points, names, y)
             self._checked = layout
         if not points:
@@ -76,6 +74,29 @@ class Planner:
             for point, each in zip(points, settled, strict=True)
         ]
         return self.with_products(root, layout, products, key)
+
+    def handed(
+        self, root: TrainedRoot, points: Sequence[Point], y: Tensor
+    ) -> tuple[Handed, list[Tensor]]:
+        """Returns how a pass that is traced or transformed hands its feedback, and the given
+        matrices that it reads."""
+        layout, names = self._laid_out(root, points, y)
+        self._remember(*layout)
+        projected = root.projector is not None
+        orders = tuple(plan.order_of(p, y, root.bank, layout, projected) for p in points)
+        number, places = root.handing.projection(root.stamp, *layout, orders, projected)
+        given: list[Tensor] = []
+        if root.matrices is not None:
+            count = 1 if SHARED in root.matrices else max(places, default=-1) + 1
+            found = [root.matrices.of(names[places.index(i)]) for i in range(count)]
+            given = [matrix.detach() for matrix in found]
+        return Handed(number, places, orders, None, root.learning, len(given), 0), given
+
+    def _laid_out(
+        self, root: TrainedRoot, points: Sequence[Point], y: Tensor
+    ) -> tuple[Layout, list[str]]:
+        names = root.names_of_points([point.layer for point in points])
+        return plan.lay_out(points, names, y, root.columns(y.shape[-1])), names
 
     @constant
     def _remember(self, classes: int, points: tuple[Size, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from .layers import CutLayer
 _OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
+_stamps = itertools.count()
+
+
 class Root(nn.Module):
     """Wraps `module`; `seed`, a buffer, is the one source of randomness of its feedback.
 
@@ -25,6 +29,10 @@ class Root(nn.Module):
     seed: Tensor
     # Copies and pickles carry the seed and the rule; what `_reset` can make again is left out.
     made_again: tuple[str, ...] = ("_seed_version", "_names", "_children")
+    # What a step depends on and a user may set anew. No other root has this stamp, nor the same one
+    # once a setting has changed: by it a compiled step is guarded, and so is traced again.
+    settings: tuple[str, ...] = ()
+    stamp: int
 
     def __init__(self, module: nn.Module, seed: int | None) -> None:
         super().__init__()
@@ -37,8 +45,14 @@ class Root(nn.Module):
 
     def _reset(self) -> None:
         """Ends the construction, and that of a copy."""
+        self.stamp = next(_stamps)
         self._seed_version: tuple[Tensor, int] | None = None
         self._find_names()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.settings:
+            self.stamp = next(_stamps)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in self.made_again}
@@ -48,15 +62,8 @@ class Root(nn.Module):
         self._reset()
 
     def read_seed(self) -> int:
-        return self._read_seed(self._key)
-
-    @constant
-    def _read_seed(self, key: int) -> int:
         """Returns the seed; it reads the buffer only when that was written: loaded, broadcast,
-        moved.
-
-        `key` is what was read last: as an argument it guards a compiled step.
-        """
+        moved."""
         seen = self._seed_version
         written = seen is None or seen[0] is not self.seed or seen[1] != self.seed._version
         if written and not self.seed.is_meta:

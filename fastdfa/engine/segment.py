@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import activations, ops
 from ..activations import IDENTITY, Gate
+from ..ops.tracing import traced, transformed
 from .broadcast import Receiver
 from .layers import CutLayer
 from .nodes import GateNode, InputGradient, SegmentNode, samples_as_rows
@@ -44,8 +45,8 @@ def ahead(layer: CutLayer, x: Tensor) -> Tensor | None:
 
 def gate_of(layer: CutLayer) -> Gate | None:
     """Returns the gate of a layer's activation, where the kernels run it: not on a tape of torch's
-    own functions."""
-    if state.tape is not None and not state.tape.gates:
+    own functions, nor where these are transformed."""
+    if transformed() or (state.tape is not None and not state.tape.gates):
         return None
     return activations.gate_of(layer.activation)
 
@@ -84,7 +85,7 @@ def _writable_tape() -> Tape | None:
     """Returns the tape, unless what it holds would escape saved-tensor hooks, as those of
     activation checkpointing and offloading."""
     tape = state.tape
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if traced() or not torch.is_grad_enabled():
         return None
     if tape is None or tape.tapped is not None:
         return None
@@ -153,7 +154,7 @@ def linear(layer: CutLayer, x: Tensor) -> Tensor:
     its input is cut.
     """
     weight, bias = layer.weight, layer.bias
-    if torch.compiler.is_compiling():
+    if traced():
         return F.linear(x, weight, bias)
     hooks = saved_tensor_hooks_active()
     on_tape = state.tape is not None and state.tape.gates

@@ -14,12 +14,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.modules._functions import BackwardHookFunction
 
 from ..activations import Gate
 from ..feedback.bank import Bank
 from ..matrices import Learning, Matrices
+from ..ops.tracing import traced, wants_gradient
 from ..projectors import Projector
 from .broadcast import Broadcast, Receiver
+from .handed import HandedToken, Handing
 from .layers import CutLayer
 from .nodes import BackwardWeight, Edge, Token
 from .stages import autocast_dtype, saved_tensor_hooks_active
@@ -37,6 +40,9 @@ class TrainedRoot(Protocol):
 
     module: nn.Module
     bank: Bank
+    seed: Tensor
+    handing: Handing
+    stamp: int
     output: str | None
     allow_bypass: bool
     cut_at: set[nn.Module] | None
@@ -71,10 +77,19 @@ class State(threading.local):
     args and kwargs."""
 
     def __init__(self) -> None:
-        self.tape: Tape | None = None
+        self._tape: list[Tape | None] = [None]  # see `TracedTape`
         self.layer_rule: LayerRule | None = None
         self.instead: dict[nn.Module, Callable[[tuple[Any, ...], dict[str, Any]], Any]] = {}
         self.true_gradients: tuple[nn.Module, ...] = ()
+
+    @property
+    def tape(self) -> Tape | None:
+        """Returns the tape being written."""
+        return self._tape[0]
+
+    @tape.setter
+    def tape(self, tape: Tape | None) -> None:
+        self._tape[0] = tape
 
 
 state = State()
@@ -145,6 +160,9 @@ class Point(NamedTuple):
         return get_gradient_edge(self.tensor)
 
 
+_BEHIND_HOOKS: Any = BackwardHookFunction._backward_cls
+
+
 def feedback_shape(x: Tensor, rows: int | None, features: int | None) -> torch.Size:
     """Returns the shape of the feedback for x: without its positions, where it has `features`."""
     return x.shape if features is None else torch.Size([*x.shape[:rows], x.shape[features]])
@@ -168,6 +186,7 @@ class Tape:
         self.points: Point | None = None  # the newest
         self.made: dict[int, tuple[Run, int]] = {}  # by the id of an output: its run and place
         self.cut_before: set[int] = set()  # ids of tensors that are points, which the tape holds
+        self.known_edges: set[Edge] | None = None  # of the points, once one of them was `hooked`
         self.readers: list[
             tuple[Tensor, Edge | None]
         ] = []  # a cut tensor, and what a layer made of it
@@ -182,12 +201,19 @@ class Tape:
 
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
         """Records x as a point and returns it without its history."""
-        for given in self.inputs:
-            if x is given:
-                return x
+        if self.is_input(x):
+            return x
         if not self._is_point(x):
             self.points = self.point(layer, x, rows, features)
         return x.detach()
+
+    def is_input(self, x: Tensor) -> bool:
+        for given in self.inputs:
+            if x is given:
+                return True
+        if not self.inputs or not hooked(x):
+            return False
+        return behind_hooks(x) in map(behind_hooks, self.inputs)
 
     def _is_point(self, x: Tensor) -> bool:
         """Returns whether x is a point already; it is one from now on."""
@@ -195,12 +221,19 @@ class Tape:
             return self.points is not None and self.points.tensor is x
         known = id(x) in self.cut_before
         self.cut_before.add(id(x))
+        if self.known_edges is None and not hooked(x):
+            return known
+        if self.known_edges is None:
+            self.known_edges = {behind_hooks(point.tensor) for point in self.in_order()}
+        edge = behind_hooks(x)
+        known = known or edge in self.known_edges
+        self.known_edges.add(edge)
         return known
 
     def run_of(self, x: Tensor, rows: int | None, features: int | None) -> tuple[Run, int] | None:
         """Returns the run that made x, and the place among its outputs, if that can make its
         feedback."""
-        if torch.compiler.is_compiling() or rows is not None or features is not None:
+        if traced() or rows is not None or features is not None:
             return None
         return self.made.get(id(x))
 
@@ -212,7 +245,10 @@ class Tape:
             if self.looks_ahead and run.by_rows and place == len(run.outputs) - 1:
                 self.root.follows(run.layers[place], layer)
             return Point(layer, x, run.token, run.receiver, run, place, rows, features, self.points)
-        receiver = None if torch.compiler.is_compiling() else Receiver()
+        if traced():
+            token = HandedToken.apply(x, rows, features)
+            return Point(layer, x, token, None, None, 0, rows, features, self.points)
+        receiver = Receiver()
         token = Token.apply(x, rows, features, receiver)
         return Point(layer, x, token, receiver, None, 0, rows, features, self.points)
 
@@ -288,6 +324,29 @@ class Tape:
         return _distinct(points[::-1])
 
 
+def _element(place: int) -> Any:
+    """Returns a property that is kept in a list."""
+
+    def read(tape: TracedTape) -> Any:
+        return tape.written[place]
+
+    def write(tape: TracedTape, value: Any) -> None:
+        tape.written[place] = value
+
+    return property(read, write)
+
+
+class TracedTape(Tape):
+    """Serves passes that Dynamo traces, which (PyTorch 2.13) forgets what is written into an
+    attribute after a tensor hook, but not what is written into a list."""
+
+    points, skipped, tapped = map(_element, range(3))
+
+    def __init__(self, *args: Any) -> None:
+        self.written: list[Any] = [None] * 3
+        super().__init__(*args)
+
+
 def _distinct(points: list[Point]) -> list[Point]:
     if not torch.compiler.is_compiling():
         first: dict[int, Point] = {}
@@ -300,6 +359,22 @@ def _distinct(points: list[Point]) -> list[Point]:
         if not any(point.tensor is other.tensor for other in distinct):
             distinct.append(point)
     return distinct
+
+
+def hooked(x: Tensor) -> bool:
+    """Returns whether x is what a module with full backward hooks reads in the place of its input:
+    another tensor of the same values."""
+    # Where a module has such hooks, Dynamo breaks the graph.
+    return not torch.compiler.is_compiling() and type(x.grad_fn) is _BEHIND_HOOKS
+
+
+def behind_hooks(x: Tensor) -> Edge:
+    """Returns the place in the graph of x, or of what x stands for where it is `hooked`."""
+    node: Any
+    node, output = get_gradient_edge(x)[:2]
+    while type(node) is _BEHIND_HOOKS:
+        node, output = node.next_functions[output]
+    return node, output
 
 
 def watched(x: Tensor) -> bool:
@@ -317,7 +392,7 @@ def cut(
     tape = state.tape
     if tape is None or tape.tapped is not None or not tape.chosen(layer):
         return x
-    if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled() and wants_gradient(x):
         return tape.cut(layer, x, rows, features)
     tape.passed(layer, x, rows, features)
     return x
@@ -326,6 +401,6 @@ def cut(
 def note_reader(x: Tensor, output: Tensor) -> None:
     """Notes that `output` was computed from x behind its cut, for the search for bypasses."""
     tape = state.tape
-    if tape is None or torch.compiler.is_compiling():
+    if tape is None or traced():
         return
     tape.read(x, None if output.grad_fn is None else (output.grad_fn, output.output_nr))

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..matrices import SHARED, Matrices, key_of
 from ..ops.reference import accumulation_dtype
-from ..ops.typed import constant
+from ..ops.tracing import traced
 from .rule import (
     LOW_RANK_STREAM,
     DenseCache,
@@ -88,10 +88,6 @@ class Bank:
         scales, streams = self._settle(seed, *layout)
         return [Settled(*each) for each in zip(layout.points, scales, streams, strict=True)]
 
-    # What is settled once, outside the traced graph: a compiled step sees constants, guarded by
-    # the arguments.
-
-    @constant
     def _settle(
         self, seed: int, classes: int, points: tuple[Size, ...]
     ) -> tuple[tuple[float, ...], tuple[int, ...]]:
@@ -117,7 +113,7 @@ class Bank:
         """Returns whether matrices for tensors of this dtype are kept in memory, so that their
         columns can lie as a point does: generated ones, and fitted ones, which change seldom."""
         if self.matrices is not None:
-            return self.rule.anchor is not None and not torch.compiler.is_compiling()
+            return self.rule.anchor is not None and not traced()
         rows, wide = self.rule.rows(layout.classes), accumulation_dtype(dtype)
         return fits_dense(self.rule, rows, layout.widest, wide)
 
@@ -141,18 +137,17 @@ class Bank:
         if not fits_dense(self.rule, rows, columns, dtype):
             return None
         place = (dtype, device)
-        return self._dense(seed, settled.stream, rows, columns, order, *place)[0]
+        return self._dense(seed, settled.stream, rows, columns, order, *place)
 
     def low(self, seed: int, columns: int, device: torch.device) -> Tensor:
         """Returns Q [columns, rank], whose entries have the variance 1 / rank."""
         rank = self.rule.rank
         assert rank is not None  # else there is no Q
         place = (torch.float32, device)
-        (unscaled,) = self._dense(seed, LOW_RANK_STREAM, columns, rank, (), *place)
+        unscaled = self._dense(seed, LOW_RANK_STREAM, columns, rank, (), *place)
         scale: float = rank**-0.5
-        return unscaled * scale
+        return unscaled[:, :rank] * scale  # of a Q that had more
 
-    @constant
     def _dense(
         self,
         seed: int,
@@ -162,11 +157,10 @@ class Bank:
         order: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-    ) -> tuple[Tensor]:
-        # In a tuple, as Dynamo takes a bare tensor from one place of the code only once.
+    ) -> Tensor:
         density = 1.0 if stream == LOW_RANK_STREAM else self.rule.density
         source = Source(seed, stream, self.rule.distribution, density, dtype, device)
-        return (self._cache.get(source, rows, columns, order),)
+        return self._cache.get(source, rows, columns, order)
 
     def matrix(self, seed: int, layout: Layout, size: Size) -> Tensor:
         """Returns the scaled B_l of a point, or P_l where B = Q P."""

@@ -200,3 +200,60 @@ def test_checkpointing_of_the_whole_model(model):
     y = checkpoint(model, X.clone().requires_grad_(), use_reentrant=False)
     (y * G).sum().backward()
     assert_close(gradients(model), expected)
+
+
+class Product(nn.Module):
+    """Two layers that read one tensor, one of them inside a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = fastdfa.Linear(5, 6, activation="relu")
+        self.second = fastdfa.Linear(6, 6)
+        self.block = nn.Sequential(fastdfa.Linear(6, 6))
+        self.other = fastdfa.Linear(6, 6)
+        self.head = fastdfa.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.second(self.first(x))
+        return self.head(torch.tanh(self.block(h) * self.other(h)))
+
+
+HOOKS = ["forward", "forward_pre", "full_backward", "full_backward_pre"]
+
+
+@pytest.mark.parametrize(
+    "of_input", [False, True], ids=["a plain input", "an input with a gradient"]
+)
+@pytest.mark.parametrize("where", ["", "first", "second", "block", "block.0", "other", "head"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_module_hook_that_does_nothing_changes_nothing(kind, where, of_input):
+    """Full backward hooks make torch hand a module another tensor in the place of its input."""
+    torch.manual_seed(0)
+    model = fastdfa.DFA(Product().double(), feedback=RULE)
+    x = X.clone().requires_grad_(of_input)
+
+    def all_gradients():
+        x.grad = None
+        found = fresh(model, x)
+        return {**found, "x": x.grad}
+
+    expected, points = all_gradients(), model.feedback_points
+    getattr(model.module.get_submodule(where), f"register_{kind}_hook")(lambda *args: None)
+    for _ in range(2):
+        assert_close(all_gradients(), expected)
+    assert model.feedback_points == points
+    if not of_input:
+        found = fastdfa.alignment(model, lambda y, g: (y * g).sum(), X, G)
+        assert [point.name for point in found.points] == points
+
+
+@pytest.mark.parametrize("kind", ["", "_pre"])
+def test_a_global_module_hook_that_does_nothing_changes_nothing(kind):
+    model = fastdfa.DFA(Product().double(), feedback=RULE)
+    expected = fresh(model)
+    register = getattr(nn.modules.module, f"register_module_full_backward{kind}_hook")
+    handle = register(lambda *args: None)
+    try:
+        assert_close(fresh(model), expected)
+    finally:
+        handle.remove()

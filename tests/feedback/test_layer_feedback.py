@@ -245,9 +245,7 @@ def test_with_the_weight_as_b_it_is_backprop(monkeypatch):
     model = fastdfa.LayerFeedback(net, "fa")
     weights = {name: layer.weight.detach() for name, layer in net.named_children()
                if hasattr(layer, "weight")}  # fmt: skip
-    monkeypatch.setattr(
-        fastdfa.LayerFeedback, "_matrix", lambda self, seed, name, *_: (weights[name],)
-    )
+    monkeypatch.setattr(fastdfa.LayerFeedback, "_matrix", lambda self, name, weight: weights[name])
     step(model, IMAGES, ERROR)
     assert_close(gradients(net), expected)
 

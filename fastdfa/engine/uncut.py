@@ -32,9 +32,10 @@ class UncutTape(Tape):
         super().__init__(root, inputs, tap)
         self.arrived = arrived
         self.found: dict[int, tuple[Point, Tensor]] = {}  # by the id of a tensor, with its copy
+        self.copies: set[int] = set()  # their ids: a layer behind a `FeedbackPoint` reads one
 
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
-        if any(x is given for given in self.inputs):
+        if id(x) in self.copies or any(x is given for given in self.inputs):
             return x
         if id(x) not in self.found:
             number, arrived = len(self.found), self.arrived
@@ -42,6 +43,7 @@ class UncutTape(Tape):
             copy = x.clone()
             copy.register_hook(lambda gradient: arrived(number, gradient))
             self.found[id(x)] = self.noted(layer, x, rows, features), copy
+            self.copies.add(id(copy))
         return self.found[id(x)][1]
 
     def noted(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Point:

@@ -245,6 +245,6 @@ def test_an_error_leaves_the_model_as_it_was():
         model(x)
     del model.module[-1]
     with pytest.raises(RuntimeError):
-        model(randn(5, 9))  # torch's own: 9 features for 4
+        model(randn(5, 9))  # 9 features for 4
     step(model, x, g)
     assert_close(gradients(model), expected_gradients(model, x, g))

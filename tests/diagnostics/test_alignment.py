@@ -668,7 +668,7 @@ def test_bad_arguments_of_a_monitor(model):
 
     with pytest.raises(TypeError, match="every must be an int, got float"):
         monitor(model, product, every=1.5)
-    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="every must be a positive int, got 0"):
         monitor(model, product, every=0)
     with pytest.raises(ValueError, match="model must hold a fastdfa"):
         monitor(nn.Linear(2, 2), product)

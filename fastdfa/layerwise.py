@@ -136,6 +136,7 @@ class LayerFeedback(Root):
         Raises:
             KeyError: where no layer that follows the rule has this name.
         """
+        arguments.instance("name", name, str, "the name of a layer")
         layers = {
             name: layer
             for layer, name in names_in(self.module).items()

@@ -286,7 +286,7 @@ def test_an_error_of_the_users_own_goes_through_a_layer_as_it_is():
             raise RuntimeError("my own")
 
     layer = fastdfa.Linear(4, 3, activation=Own())
-    with pytest.raises(RuntimeError, match="^my own$"):
+    with pytest.raises(RuntimeError, match=r"^my own$"):
         layer(torch.ones(2, 4))
 
 

@@ -180,7 +180,8 @@ def make(signal: object) -> Signal:
     if isinstance(signal, Signal):
         return signal
     if isinstance(signal, str):
-        arguments.choice("signal", signal, SIGNALS)
+        if signal not in SIGNALS:  # asked in every step
+            raise arguments.wrong_value("signal", f"one of {arguments.listed(SIGNALS)}", signal)
         return SIGNALS[signal]
     arguments.function("signal", signal, "a name, a Signal or callable")
     function: Any = signal

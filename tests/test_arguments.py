@@ -298,7 +298,5 @@ def test_a_network_without_submodules_has_nothing_to_name():
 
 def test_a_long_list_of_names_is_cut():
     deep = nn.Sequential(*[fastdfa.Linear(2, 2) for _ in range(300)])
-    with pytest.raises(
-        ValueError, match=r"one of '0', '1', .*'19', \.\.\., got 'x'"
-    ):
+    with pytest.raises(ValueError, match=r"one of '0', '1', .*'19', \.\.\., got 'x'"):
         fastdfa.DFA(deep, output="x")

@@ -199,18 +199,20 @@ def test_a_surrogate_is_differentiated_by_its_gate(monkeypatch):
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.qkv, self.head = fastdfa.Linear(4, 24), fastdfa.Linear(8, 3)
+        self.first, self.qkv = fastdfa.Linear(4, 8, activation="tanh"), fastdfa.Linear(8, 24)
+        self.head = fastdfa.Linear(8, 3)
 
     def forward(self, x):
-        q, k, v = (part[:, None] for part in self.qkv(x).chunk(3, -1))
+        q, k, v = (part[:, None] for part in self.qkv(self.first(x)).chunk(3, -1))
         return self.head(nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])
 
 
 def test_through_attention_on_the_cpu():
     model, x = fastdfa.DFA(Attention()), torch.randn(2, 5, 4)
-    (B,) = learning(model, x)
+    parameters = learning(model, x)
     fastdfa.forward_gradient(model, x)
-    assert B.grad.isfinite().all() and not torch.equal(B.grad, B)
+    for B in parameters:
+        assert B.grad.isfinite().all() and not torch.equal(B.grad, B)
 
 
 def test_a_layer_behind_a_point_makes_no_other():

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import arguments
+
 # By torch's own functions, of (a, param). The position of a name is its code in csrc/activation.h.
 _FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda a, _: a,
@@ -70,12 +72,8 @@ def make(activation: str | nn.Module | None) -> nn.Module | None:
     """
     if activation is None or isinstance(activation, nn.Module):
         return activation
-    if not isinstance(activation, str):
-        raise TypeError(
-            f"activation must be a name, an nn.Module or None, got {type(activation).__name__}"
-        )
-    if activation not in MODULES:
-        raise ValueError(f"activation must be one of {', '.join(MODULES)}, got {activation!r}")
+    arguments.instance("activation", activation, str, "a name, an nn.Module or None")
+    arguments.choice("activation", activation, MODULES)
     return MODULES[activation]()
 
 

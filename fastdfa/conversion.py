@@ -13,7 +13,7 @@ from torch import jit, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from . import activations
+from . import activations, arguments
 from .dfa import DFA
 from .engine.layers import CutLayer
 from .engine.root import Root
@@ -126,6 +126,8 @@ def convert(
         RuntimeError: in the first forward pass, where a path leads round a cut, as in `DFA`.
     """
     _check_model(model)
+    arguments.flag("fold", fold)
+    arguments.flag("allow_tied", allow_tied)
     if rule != "dfa":
         no_others = {"feedback": feedback, "output": output, "blocks": blocks, "point": point,
                      "allow_bypass": allow_bypass or None,

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from . import arguments
 from .engine import sharding, whole
 from .engine.anchor import AnchorTape
 from .engine.finish import ONE_ERROR, finish, low_of, sender_of, take_target
 from .engine.handed import Handing
 from .engine.plan import names_of
 from .engine.planner import Planner
-from .engine.root import Root, exporting
+from .engine.root import Root, exporting, roots_in
 from .engine.tape import Tape, TracedTape, state
 from .feedback import rule as rules
 from .feedback.anchors import Anchors
@@ -106,8 +107,10 @@ class DFA(Root):
         super().__init__(module, rule.seed)
         _check_tap(module, output)
         _check_cut(module, cut)
-        if projector is not None and not callable(projector):
-            raise TypeError(f"projector must be callable, got {type(projector).__name__}")
+        arguments.flag("allow_bypass", allow_bypass)
+        arguments.flag("direct_gradients", direct_gradients)
+        if projector is not None:
+            arguments.function("projector", projector)
         if projector is not None and matrices is not None:
             raise ValueError("projector has a B of its own: expected no matrices beside it")
         if direct_gradients:
@@ -206,7 +209,8 @@ class DFA(Root):
         return self.bank.rule
 
     @feedback.setter
-    def feedback(self, rule: Feedback) -> None:
+    def feedback(self, feedback: Feedback | str | None) -> None:
+        rule = rules.make(feedback)
         self._set_anchors(rule)
         self.bank.rule = rule
 
@@ -265,6 +269,7 @@ class DFA(Root):
         """
         if self.projector is not None:
             raise RuntimeError("feedback_matrix: B is the projector's")
+        arguments.instance("name", name, str, "the name of a feedback point")
         matrix, layout = self._matrix(name), self.planner.layout
         if self.feedback.rank is None or layout is None:
             return matrix
@@ -423,11 +428,9 @@ def backprop(model: nn.Module) -> Iterator[None]:
     and in this thread.
 
     Raises:
-        ValueError: if there is none in `model`.
+        TypeError, ValueError: if there is none in `model`.
     """
-    roots = tuple(module for module in model.modules() if isinstance(module, Root))
-    if not roots:
-        raise ValueError(f"model must hold a fastdfa.DFA, got {type(model).__name__} without one")
+    roots = tuple(roots_in(model, Root).values())
     before = state.true_gradients
     state.true_gradients = before + roots
     try:
@@ -474,13 +477,12 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 def _check_tap(module: nn.Module, output: str | None) -> None:
     if output is None:
         return
-    if not isinstance(output, str):
-        raise TypeError(
-            f"output must be the name of one submodule, got {type(output).__name__}{ONE_ERROR}"
-        )
     names = [name for name, _ in module.named_modules() if name]
+    if not isinstance(output, str):
+        expected = "the name of one submodule"
+        raise TypeError(f"{arguments.wrong_type('output', expected, output)}{ONE_ERROR}")
     if output not in names:
-        raise ValueError(f"output must be one of {', '.join(names)}, got {output!r}")
+        raise arguments.wrong_value("output", arguments.one_of(names, "submodules"), output)
 
 
 def _cut_at(module: nn.Module, cut: str | int | Sequence[str]) -> set[nn.Module] | None:
@@ -494,15 +496,14 @@ def _cut_at(module: nn.Module, cut: str | int | Sequence[str]) -> set[nn.Module]
 
 
 def _check_cut(module: nn.Module, cut: object) -> None:
-    if isinstance(cut, bool) or not isinstance(cut, (str, int, list, tuple, set, frozenset)):
-        raise TypeError(f"cut must be 'all', names of points or a number, got {type(cut).__name__}")
+    names = (str, list, tuple, set, frozenset)
+    if isinstance(cut, bool) or not isinstance(cut, (int, *names)):
+        raise arguments.wrong_type("cut", "'all', names of points or a number", cut)
     if isinstance(cut, int):
-        if cut < 1:
-            raise ValueError(f"cut must be a positive number of layers, got {cut}")
+        arguments.integer("cut", cut)
         return
     known = [name for name, inner in module.named_modules() if inner in cut_modules(module)]
     for name in [] if cut == "all" else [cut] if isinstance(cut, str) else cut:
-        if not isinstance(name, str):
-            raise TypeError(f"cut must hold names of points, got {type(name).__name__}")
+        arguments.instance("cut", name, str, "'all', names of points or a number")
         if name.partition("#")[0] not in known:
-            raise ValueError(f"cut must name points, of {', '.join(known)}, got {name!r}")
+            raise arguments.wrong_value("cut", arguments.one_of(known, "points"), name)

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import arguments
 from .engine import sites
 from .engine.layers import CutLayer
 from .engine.root import Root, exporting, names_in
 from .engine.tape import state
-from .feedback.rule import Feedback, Source, check_scale, hash_of, ready_on_every_stream
+from .feedback.rule import Feedback, Source, hash_of, ready_on_every_stream, scale_of
 from .nn.converted import Conversion, plain_layers
 from .ops import capture
 from .ops.reference import accumulation_dtype
@@ -104,9 +105,8 @@ class LayerFeedback(Root):
         scale: float | str = "xavier",
         seed: int | None = None,
     ) -> None:
-        if rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
-        check_scale(scale, SCALES)
+        arguments.choice("rule", rule, RULES)
+        scale = scale_of(scale, SCALES)
         super().__init__(module, Feedback(seed=seed).seed)
         self.rule = rule
         self.scale = scale
@@ -145,6 +145,7 @@ class LayerFeedback(Root):
         Raises:
             KeyError: where no layer that follows the rule has this name.
         """
+        arguments.instance("name", name, str, "the name of a layer")
         layers = {
             name: layer
             for layer, name in names_in(self.module).items()

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import arguments
+
 SHARED = "shared"
+# What no point may be called there: "keys" and "values" are names of an attention's layers as well.
+_TAKEN = {SHARED, *dir(nn.ParameterDict()), *dir(nn.ModuleDict())}
 
 # grad_B [C, n] from B [C, n], the error e [M, C] and what the point reads, h [M, n]; also from the
 # target [M, C], by that name, where a rule has such a parameter. Where B = Q P it is P's, from P
@@ -117,16 +121,16 @@ def learning_of(
 
 
 def _chosen(
-    argument: str, value: object, choices: Mapping[str, Callable[..., Tensor] | None]
+    argument: str, value: Any, choices: Mapping[str, Callable[..., Tensor] | None]
 ) -> Callable[..., Tensor] | None:
-    if isinstance(value, str):
-        if value not in choices:
-            names = ", ".join(map(repr, choices))
-            raise ValueError(f"{argument} must be one of {names}, or callable, got {value!r}")
-        return choices[value]
-    if not callable(value):
-        raise TypeError(f"{argument} must be a name or callable, got {type(value).__name__}")
-    return value
+    if not isinstance(value, str):
+        arguments.function(argument, value, "a name or callable")
+        function: Callable[..., Tensor] = value
+        return function
+    if value not in choices:
+        names = arguments.listed(choices)
+        raise arguments.wrong_value(argument, f"one of {names}, or callable", value)
+    return choices[value]
 
 
 def _takes_target(rule: Rule) -> bool:
@@ -148,19 +152,15 @@ class Matrices(nn.ParameterDict):
 
     def __init__(self, given: Tensor | Mapping[str, Tensor]) -> None:
         if isinstance(given, Tensor):
-            given = {SHARED: given}
-        elif not isinstance(given, Mapping):
-            raise TypeError(
-                f"matrices must be a tensor or a dict of tensors, got {type(given).__name__}"
-            )
-        for name, matrix in given.items():
-            _check_matrix(name, matrix)
-        super().__init__(
-            {
-                key_of(name): nn.Parameter(matrix.detach().clone(), False)
-                for name, matrix in given.items()
-            }
-        )
+            arguments.matrix("matrices", given, "matrix [C, >= n_max]")
+            of_key = {SHARED: given}
+        else:
+            arguments.instance("matrices", given, Mapping, "a tensor or a dict of tensors")
+            for name, matrix in given.items():
+                arguments.instance("a key of matrices", name, str, "the name of a point")
+                arguments.matrix(f"matrices[{name!r}]", matrix, "matrix [C, n]")
+            of_key = {key_of(name): matrix for name, matrix in given.items()}
+        super().__init__({k: nn.Parameter(B.detach().clone(), False) for k, B in of_key.items()})
 
     def add(self, name: str, matrix: Tensor) -> None:
         """Adds the matrix of another point."""
@@ -190,7 +190,7 @@ class Matrices(nn.ParameterDict):
         expected = {name: f"[{rows}, {features}]" for name, features, *_ in points}
         fits = set(self).issuperset if spare else set(self).__eq__
         if SHARED not in self and not fits({key_of(name) for name in expected}):
-            names = ", ".join(name.replace("/", ".") for name in self)
+            names = ", ".join(name.rstrip("/").replace("/", ".") for name in self)
             raise ValueError(
                 f"matrices must have one for each feedback point, {expected}, got {names or 'none'}"
             )
@@ -215,18 +215,10 @@ class Matrices(nn.ParameterDict):
 
 
 def key_of(name: str) -> str:
-    """Returns the name of a point as that of a parameter or module, where no dot may stand."""
-    return name.replace(".", "/")
-
-
-def _check_matrix(name: str, matrix: object) -> None:
-    if not isinstance(matrix, Tensor):
-        raise TypeError(f"matrices[{name!r}] must be a tensor, got {type(matrix).__name__}")
-    if matrix.dim() != 2 or not matrix.is_floating_point():
-        raise ValueError(
-            f"matrices[{name!r}] must be a floating matrix [C, n], got {matrix.dtype} of shape "
-            f"{tuple(matrix.shape)}"
-        )
+    """Returns the name of a point as that of a parameter or module, where no dot may stand, nor a
+    name that torch's containers have for themselves."""
+    key = name.replace(".", "/")
+    return f"{key}/" if key in _TAKEN else key
 
 
 def learning_gradients(

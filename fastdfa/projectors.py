@@ -12,7 +12,9 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from . import ops
+from . import arguments, ops
+
+_MOST_BITS = 64  # of a camera; with 1024 the number of its levels would be no float
 
 Projector = Callable[[Tensor], "Tensor | Future[Tensor]"]
 
@@ -56,7 +58,7 @@ class OpticalProcessor:
         seed: of the matrix. The noise is torch's own randomness.
 
     Raises:
-        ValueError: for an argument that is not so.
+        TypeError, ValueError: for an argument that is not so.
     """
 
     def __init__(
@@ -68,21 +70,23 @@ class OpticalProcessor:
         noise_bits: float | None = None,
         seed: int = 0,
     ) -> None:
-        if output not in ("linear", "intensity"):
-            raise ValueError(f"output must be 'linear' or 'intensity', got {output!r}")
-        if features < 1:
-            raise ValueError(f"features must be positive, got {features}")
-        if bits is not None and bits < 1:
-            raise ValueError(f"bits must be positive or None, got {bits}")
-        if noise < 0:
-            raise ValueError(f"noise must not be negative, got {noise}")
-        if noise_bits is not None and noise_bits <= 0:
-            raise ValueError(f"noise_bits must be positive or None, got {noise_bits}")
-        self.features, self.output, self.bits, self.seed = features, output, bits, seed
-        self.noise, self.noise_bits = noise, noise_bits
+        arguments.choice("output", output, ("linear", "intensity"))
+        self.output = output
+        self.features: int = arguments.integer("features", features)
+        self.bits: int | None = arguments.integer("bits", bits, high=_MOST_BITS, optional=True)
+        self.noise: float = arguments.number("noise", noise, "at least 0", lambda n: n >= 0)
+        self.noise_bits: float | None = arguments.number(
+            "noise_bits", noise_bits, "positive", lambda b: b > 0, optional=True
+        )
+        self.seed: int = arguments.seed("seed", seed)
 
     def __call__(self, signal: Tensor) -> Tensor:
-        """Returns the product [M, features] of a signal [M, C]."""
+        """Returns the product [M, features] of a signal [M, C].
+
+        Raises:
+            TypeError, ValueError: for a signal that is no floating matrix.
+        """
+        ops.checks.check_matrix("signal", signal)
         largest = signal.abs().amax(1, keepdim=True)
         displayed = (signal / largest.where(largest > 0, 1)).round()
         real, imaginary = (displayed @ self._matrix(signal, stream) for stream in (0, 1))

@@ -11,10 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from . import arguments
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Signal(ABC):
     needs_error: ClassVar[bool] = True
     needs_output: ClassVar[bool] = False
     needs_target: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        arguments.flag("raw", self.raw)
+        arguments.flag("centred", self.centred)
 
     @property
     def known_ahead(self) -> bool:
@@ -79,10 +85,11 @@ class Ternary(Signal):
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise TypeError(f"threshold must be a number, got {type(self.threshold).__name__}")
-        if not 0 <= self.threshold < 1:
-            raise ValueError(f"threshold must be from 0 to below 1, got {self.threshold}")
+        super().__post_init__()
+        share = arguments.number(
+            "threshold", self.threshold, "from 0 to below 1", lambda t: 0 <= t < 1
+        )
+        arguments.keep(self, threshold=share)
 
     def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
         return error.sign() * (error.abs() > self.threshold * _largest(error))
@@ -95,10 +102,8 @@ class Quantized(Signal):
     bits: int = 8
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int):
-            raise TypeError(f"bits must be an int, got {type(self.bits).__name__}")
-        if not 2 <= self.bits <= 16:
-            raise ValueError(f"bits must be from 2 to 16, got {self.bits}")
+        super().__post_init__()
+        arguments.keep(self, bits=arguments.integer("bits", self.bits, 2, 16))
 
     def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
         levels, largest = 2 ** (self.bits - 1) - 1, _largest(error)
@@ -136,10 +141,9 @@ class Function(Signal):
     needs_output: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not callable(self.function):
-            raise TypeError(f"function must be callable, got {type(self.function).__name__}")
-        if self.width is not None and (isinstance(self.width, bool) or self.width < 1):
-            raise ValueError(f"width must be a positive int or None, got {self.width}")
+        super().__post_init__()
+        arguments.function("function", self.function)
+        arguments.keep(self, width=arguments.integer("width", self.width, optional=True))
 
     def of(self, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
         assert self.function is not None and output is not None  # checked, and needed
@@ -176,13 +180,12 @@ def make(signal: object) -> Signal:
     if isinstance(signal, Signal):
         return signal
     if isinstance(signal, str):
-        if signal not in SIGNALS:
-            names = ", ".join(map(repr, SIGNALS))
-            raise ValueError(f"signal must be one of {names}, got {signal!r}")
+        if signal not in SIGNALS:  # asked in every step
+            raise arguments.wrong_value("signal", f"one of {arguments.listed(SIGNALS)}", signal)
         return SIGNALS[signal]
-    if callable(signal):
-        return Function(function=signal)
-    raise TypeError(f"signal must be a name, a Signal or callable, got {type(signal).__name__}")
+    arguments.function("signal", signal, "a name, a Signal or callable")
+    function: Any = signal
+    return Function(function=function)
 
 
 def made(signal: Signal, error: Tensor, output: Tensor | None, target: Tensor | None) -> Tensor:
@@ -213,8 +216,7 @@ def given(target: Tensor | None, output: Tensor, reader: str) -> Tensor:
             f"{reader} needs the target: set the target of the DFA (model.target = y) before each "
             "forward pass"
         )
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    arguments.instance("target", target, Tensor, "a tensor")
     classes = output.shape[-1]
     if target.shape == output.shape:
         return _wide(target.detach()).reshape(-1, classes)

@@ -195,6 +195,122 @@ def test_backprop_of_a_model_without_a_dfa():
         pass
 
 
+class Written(nn.Module):
+    """An `nn.Sequential` that is called by a forward of its own, and so is no whole network."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.body = layers
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def fully_connected():
+    layers = [linear(4, 6, "tanh"), linear(6, 6, "relu"), linear(6, 6), linear(6, 3)]
+    return nn.Sequential(*layers)
+
+
+def convolutional():
+    first = fastdfa.Conv2d(2, 4, 3, activation="relu", dtype=torch.float64)
+    second = fastdfa.Conv2d(4, 4, 3, dtype=torch.float64)
+    return nn.Sequential(first, second, nn.Flatten(), linear(4 * 2 * 2, 3))
+
+
+def streaming(model, x):
+    step = fastdfa.StreamingStep(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    step(lambda: model(x).sum())
+
+
+def compiled(fullgraph):
+    def run(model, x):
+        torch.compile(model, backend="eager", fullgraph=fullgraph)(x)
+
+    return run
+
+
+def by_layer(model, x):
+    fastdfa.LayerFeedback(model.module, "fa")(x)
+
+
+WAYS = {
+    "whole": (lambda net: net, lambda model, x: model(x)),
+    "run": (Written, lambda model, x: model(x)),
+    "streaming": (Written, streaming),
+    "compiled": (Written, compiled(False)),
+    "one graph": (Written, compiled(True)),
+    "by layer": (Written, by_layer),
+    "alignment": (Written, lambda model, x: fastdfa.alignment(model, lambda y, _: y.sum(), x, 0)),
+    "inspect": (Written, lambda model, x: fastdfa.inspect(model, x)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make, changed, x, words", [
+    (fully_connected, None, randn(5, 9), ["0'", "[*, 4]", "(5, 9)"]),
+    (fully_connected, None, randn(5, 7, 3), ["0'", "[*, 4]", "(5, 7, 3)"]),
+    (fully_connected, None, randn(5, 4).float(), ["0'", "torch.float64", "torch.float32"]),
+    (fully_connected, (1, linear(5, 6, "tanh")), randn(5, 4), ["1'", "[*, 5]", "(5, 6)"]),
+    (fully_connected, (2, linear(5, 6)), randn(5, 4), ["2'", "[*, 5]", "(5, 6)"]),
+    (fully_connected, (3, linear(7, 3)), randn(5, 4), ["3'", "[*, 7]", "(5, 6)"]),
+    (convolutional, None, randn(5, 3, 6, 6), ["0'", "[N, 2, >= 3, >= 3]", "(5, 3, 6, 6)"]),
+    (convolutional, None, randn(5, 2, 4, 6), ["1'", "[N, 4, >= 3, >= 3]", "(5, 4, 2, 4)"]),
+    (convolutional, None, randn(5, 2, 9, 6), ["3'", "[*, 16]", "(5, 40)"]),
+    (convolutional, None, randn(6), ["0'", "[N, 2, >= 3, >= 3]", "(6,)"]),
+    (convolutional, None, randn(5, 2, 6, 6).float(), ["0'", "torch.float64", "torch.float32"]),
+])  # fmt: skip
+def test_an_input_that_does_not_fit_names_the_layer_and_both_shapes(way, make, changed, x, words):
+    network = make()
+    if changed is not None:
+        network[changed[0]] = changed[1]
+    written, run = WAYS[way]
+    model = fastdfa.DFA(written(network))
+    with refused(["the input of layer '", *words], RuntimeError):
+        run(model, x)
+    assert untouched(model)
+
+
+def test_an_input_that_does_not_fit_a_layer_on_its_own_says_which_layer_that_is():
+    for layer in (fastdfa.Linear(4, 3), fastdfa.Linear(4, 3, activation="tanh")):
+        with refused(["Linear(", "in_features=4", "[*, 4]", "(2, 5)"], RuntimeError):
+            layer(torch.ones(2, 5))
+    with refused(["Conv1d(2, 3", "[2, >= 5]", "(2, 4)"], RuntimeError):
+        fastdfa.Conv1d(2, 3, 3, dilation=3, padding=1)(torch.ones(2, 4))
+    with refused(["Linear(", "a tensor", "list [1.0]"], TypeError):
+        fastdfa.Linear(4, 3)([1.0])
+
+
+def test_an_error_of_the_users_own_goes_through_a_layer_as_it_is():
+    class Own(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("my own")
+
+    layer = fastdfa.Linear(4, 3, activation=Own())
+    with pytest.raises(RuntimeError, match=r"^my own$"):
+        layer(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("target, kind, words", [
+    (torch.zeros(3).long(), ValueError, ["target", "(5,)", "(3,)"]),
+    (torch.zeros(5, 4), ValueError, ["target", "(5, 3)", "(5, 4)"]),
+    ([0] * 5, TypeError, ["target", "a tensor", "list"]),
+])  # fmt: skip
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_target_that_does_not_fit_in_streaming(target, kind, words, raw):
+    signal = fastdfa.signals.Target(raw=raw)
+    model = fastdfa.DFA(fully_connected(), fastdfa.Feedback(signal=signal))
+    step = fastdfa.StreamingStep(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    x = randn(5, 4)
+    for _ in range(2):  # the second takes one pass, where that is known ahead
+        model.target = torch.zeros(5).long()
+        step(lambda: model(x).square().sum())
+    before = [p.detach().clone() for p in model.parameters()]
+    model.target = target
+    with refused(words, kind):
+        step(lambda: model(x).square().sum())
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_a_number_of_features_that_changes():
     mean = Apply(lambda h: h.mean(1))
     model = fastdfa.DFA(
@@ -245,6 +361,6 @@ def test_an_error_leaves_the_model_as_it_was():
         model(x)
     del model.module[-1]
     with pytest.raises(RuntimeError):
-        model(randn(5, 9))  # torch's own: 9 features for 4
+        model(randn(5, 9))  # 9 features for 4
     step(model, x, g)
     assert_close(gradients(model), expected_gradients(model, x, g))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from .. import ops
+from .. import arguments, ops
 from ..dfa import DFA, backprop
 from ..engine.broadcast import as_matrix
 from ..engine.finish import check_output, sent_by
@@ -151,7 +151,7 @@ def alignment(
             or that calls a `DFA` other than once; for a loss that is no scalar or does not depend
             on the output of a `DFA`; for gradients that are not finite.
     """
-    model, roots = checked(model, loss_fn)
+    model, roots = checked(model, loss_fn, gated, weights)
     if isinstance(roots, LayerFeedback):
         if gated:
             raise ValueError("gated compares at the points of a DFA, and model is a LayerFeedback")
@@ -175,16 +175,18 @@ def alignment(
     return Alignment(tuple(measured), _weight_cosines(parameters, true, by_feedback))
 
 
-def checked(model: Any, loss_fn: Any) -> tuple[nn.Module, LayerFeedback | dict[str, DFA]]:
+def checked(
+    model: nn.Module, loss_fn: Any, gated: bool, weights: bool
+) -> tuple[nn.Module, LayerFeedback | dict[str, DFA]]:
     """Returns the model without what is around it, and its roots.
 
     Raises:
         TypeError, ValueError: for arguments that cannot be measured.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
+    arguments.module("model", model)
+    arguments.function("loss_fn", loss_fn)
+    arguments.flag("gated", gated)
+    arguments.flag("weights", weights)
     model = unwrapped(model)
     roots = [module for module in model.modules() if isinstance(module, Root)]
     by_layer = [root for root in roots if isinstance(root, LayerFeedback)]

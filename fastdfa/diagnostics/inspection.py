@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .. import arguments
 from ..activations import Gate
 from ..dfa import DFA
 from ..engine import bypass
@@ -100,10 +101,12 @@ def inspect(
             gradient alone trains several modules before the output of a `DFA`, not the head only.
 
     Raises:
-        ValueError: for a model without `DFA` or sharded by `fully_shard`, and for an input that
-            makes gradients infinite or NaN.
+        TypeError, ValueError: for a model without `DFA` or sharded by `fully_shard`, and for an
+            input that makes gradients infinite or NaN.
     """
     model = unwrapped(model)
+    if loss is not None:
+        arguments.function("loss", loss)
     roots, parameters = roots_of(model), parameters_of(model)
     with left_as_it_was(model):
         sources: list[_Source] = []

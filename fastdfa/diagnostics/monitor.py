@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from . import plots
 from .alignment import Alignment, alignment, checked
 
@@ -44,12 +45,9 @@ class AlignmentMonitor:
         gated: bool = False,
         weights: bool = False,
     ) -> None:
-        checked(model, loss_fn)
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"every must be an int, got {type(every).__name__}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
-        self.model, self.loss_fn, self.every = model, loss_fn, every
+        checked(model, loss_fn, gated, weights)
+        self.model, self.loss_fn = model, loss_fn
+        self.every: int = arguments.integer("every", every)
         self.options = {"gated": gated, "weights": weights}
         self.step = 0
         self.history: list[tuple[int, Alignment]] = []

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..dfa import DFA
-from ..engine.root import Root
+from ..engine.root import Root, roots_in
 
 
 @contextmanager
@@ -74,11 +74,9 @@ def roots_of(model: nn.Module) -> dict[str, DFA]:
     """Returns the roots in a model by their names.
 
     Raises:
-        ValueError: for a model without one, or sharded by `fully_shard`.
+        TypeError, ValueError: for a model without one, or sharded by `fully_shard`.
     """
-    roots = {name: module for name, module in model.named_modules() if isinstance(module, DFA)}
-    if not roots:
-        raise ValueError(f"model must hold a fastdfa.DFA, got {type(model).__name__} without one")
+    roots = roots_in(model, DFA)
     sharded = [name for name, x in model.named_parameters() if type(x.data).__name__ == "DTensor"]
     if sharded:
         raise ValueError(f"model must not be sharded, got {sharded[0]!r}; do this before that")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -16,6 +17,14 @@ class CutLayer(nn.Module):
     bias: Any  # a parameter or None, which torch declares in another way in each of its layers
     activation: nn.Module | None
     out_features: int  # of a fully connected layer alone
+
+    def reads(self, shape: torch.Size, weight: Tensor) -> bool:
+        """Returns whether the layer, of this weight, can read an input of this shape."""
+        return len(shape) > 0 and shape[-1] == weight.shape[1]
+
+    def input_shape(self, weight: Tensor) -> str:
+        """Returns what shape its input must have, as an error says it."""
+        return f"[*, {weight.shape[1]}]"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

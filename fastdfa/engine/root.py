@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..ops import capture
 from ..ops.typed import constant
 from .layers import CutLayer
@@ -93,6 +94,9 @@ class Root(nn.Module):
         self.read_seed()
 
 
+_R = TypeVar("_R", bound=Root)
+
+
 def names_in(module: nn.Module) -> dict[nn.Module, str]:
     """Returns the name of every module inside, as if nothing was compiled, checkpointed or
     sharded."""
@@ -100,6 +104,27 @@ def names_in(module: nn.Module) -> dict[nn.Module, str]:
     for name, inner in module.named_modules():
         names[inner] = ".".join(part for part in name.split(".") if part not in _OF_WRAPPERS)
     return names
+
+
+def roots_in(model: nn.Module, kind: type[_R]) -> dict[str, _R]:
+    """Returns the roots of a class in a model by their names.
+
+    Raises:
+        TypeError, ValueError: for what is no module, or holds none.
+    """
+    arguments.module("model", model)
+    roots = {name: inner for name, inner in model.named_modules() if isinstance(inner, kind)}
+    if not roots:
+        raise ValueError(f"model must hold a fastdfa.DFA, got {type(model).__name__} without one")
+    return roots
+
+
+def only_root(roots: dict[str, _R]) -> _R:
+    """Returns the root of a model that must hold one, not more; of those that are there."""
+    if len(roots) > 1:
+        raise ValueError(f"model must hold one DFA, got {len(roots)}")
+    (root,) = roots.values()
+    return root
 
 
 # A constant, as the Dynamo of PyTorch 2.11 tells whatever it traces that it is exported.
@@ -110,8 +135,7 @@ def exporting() -> bool:
 
 
 def _check_module(module: nn.Module) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    arguments.module("module", module)
     for name, inner in module.named_modules():
         if isinstance(inner, Root):
             kind = type(inner).__name__

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import activations, ops
+from .. import activations, arguments, ops
 from ..activations import IDENTITY, Gate
 from ..ops.tracing import traced, transformed
 from .broadcast import Receiver
 from .layers import CutLayer
 from .nodes import GateNode, InputGradient, SegmentNode, samples_as_rows
+from .root import names_in
 from .stages import (
     Segment,
     Stage,
@@ -54,7 +55,7 @@ def gate_of(layer: CutLayer) -> Gate | None:
 def activated(layer: CutLayer, x: Tensor, gate: Gate) -> Tensor:
     """Returns f(x W^T + b) of a fully connected layer, and computes what follows it ahead."""
     lowered = autocast_dtype(x)
-    if lowered is None and x.dtype != layer.weight.dtype:  # which torch refuses in its own words
+    if lowered is None and x.dtype != layer.weight.dtype:  # which torch refuses
         activation: Any = layer.activation
         refused: Tensor = activation(F.linear(x, layer.weight, layer.bias))
         return refused
@@ -155,6 +156,7 @@ def linear(layer: CutLayer, x: Tensor) -> Tensor:
     """
     weight, bias = layer.weight, layer.bias
     if traced():
+        check_input(layer, x, weight)
         return F.linear(x, weight, bias)
     hooks = saved_tensor_hooks_active()
     on_tape = state.tape is not None and state.tape.gates
@@ -166,6 +168,37 @@ def linear(layer: CutLayer, x: Tensor) -> Tensor:
             output: Tensor = SegmentNode.apply(segment, None, None, low, cast, bias)
             return output
     return F.linear(x, weight, bias)
+
+
+def check_input(layer: CutLayer, x: Any, weight: Tensor) -> None:
+    """Raises where x is nothing that a layer of this weight can read.
+
+    Called where torch or an op has refused it, so that what runs is never checked twice; and where
+    a step is traced, as nothing can be caught there.
+
+    Raises:
+        TypeError: where it is no tensor.
+        RuntimeError: where its shape, dtype or device does not fit, as torch's own layers raise.
+    """
+    if not isinstance(x, Tensor):
+        raise arguments.wrong_type(f"the input of {_name(layer)}", "a tensor", x)
+    if not layer.reads(x.shape, weight):
+        raise RuntimeError(
+            f"the input of {_name(layer)} must have shape {layer.input_shape(weight)}, got "
+            f"{tuple(x.shape)}"
+        )
+    if x.device != weight.device or (x.dtype != weight.dtype and autocast_dtype(x) is None):
+        raise RuntimeError(
+            f"the input of {_name(layer)} must be {weight.dtype} on {weight.device} as its weight "
+            f"is, got {x.dtype} on {x.device}"
+        )
+
+
+def _name(layer: CutLayer) -> str:
+    """Returns the name of a layer in the root that runs, else what it is."""
+    root: Any = state.layer_rule if state.tape is None else state.tape.root
+    name = None if root is None else names_in(root.module).get(layer)
+    return " ".join(repr(layer).split()) if name is None else f"layer {name!r}"
 
 
 def gated(layer: CutLayer, a: Tensor, gate: Gate) -> Tensor:

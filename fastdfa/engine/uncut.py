@@ -32,17 +32,19 @@ class UncutTape(Tape):
         super().__init__(root, inputs, tap)
         self.arrived = arrived
         self.found: dict[Edge, tuple[Point, Tensor]] = {}  # by what is read, with its copy
+        self.copies: set[Edge] = set()  # a layer behind a `FeedbackPoint` reads one
 
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
-        if self.is_input(x):
-            return x
         read = behind_hooks(x)
+        if read in self.copies or self.is_input(x):
+            return x
         if read not in self.found:
             number, arrived = len(self.found), self.arrived
             # No view: modified in place, it would take the history of x round the hook.
             copy = x.clone()
             copy.register_hook(lambda gradient: arrived(number, gradient))
             self.found[read] = self.noted(layer, x, rows, features), copy
+            self.copies.add(behind_hooks(copy))
         return self.found[read][1]
 
     def noted(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Point:

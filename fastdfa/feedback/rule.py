@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops, signals
+from .. import arguments, ops, signals
 from ..ops import capture
 from ..signals import Signal
 
@@ -84,16 +84,21 @@ class Feedback:
     anchor: int | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("distribution", self.distribution, ops.DISTRIBUTIONS)
-        _check_choice("error", self.error, ("mean", "sum"))
+        arguments.choice("distribution", self.distribution, ops.DISTRIBUTIONS)
+        arguments.choice("error", self.error, ("mean", "sum"))
         signals.make(self.signal)
-        _check_type("shared", self.shared, (bool,))
-        _check_type("dense", self.dense, (bool, type(None)))
-        check_scale(self.scale, SCALES)
-        _check_seed(self.seed)
-        _check_positive("rank", self.rank)
-        _check_positive("anchor", self.anchor)
-        _check_density(self.density)
+        arguments.flag("shared", self.shared)
+        arguments.flag("dense", self.dense, optional=True)
+        arguments.keep(
+            self,
+            scale=scale_of(self.scale, SCALES),
+            seed=arguments.seed("seed", self.seed, optional=True),
+            rank=arguments.integer("rank", self.rank, optional=True),
+            anchor=arguments.integer("anchor", self.anchor, optional=True),
+            density=arguments.number(
+                "density", self.density, "above 0 and at most 1", lambda d: 0 < d <= 1
+            ),
+        )
         if self.density < 1 and self.dense is False:
             raise ValueError("density below 1 needs a B in memory, got dense=False")
         if self.anchor is not None and self.dense is False:
@@ -138,12 +143,8 @@ def make(feedback: Feedback | str | None) -> Feedback:
         return Feedback()
     if isinstance(feedback, Feedback):
         return feedback
-    if not isinstance(feedback, str):
-        raise TypeError(
-            f"feedback must be a Feedback or the name of a preset, got {type(feedback).__name__}"
-        )
-    if feedback not in PRESETS:
-        raise ValueError(f"feedback must be one of {', '.join(PRESETS)}, got {feedback!r}")
+    arguments.instance("feedback", feedback, str, "a Feedback or the name of a preset")
+    arguments.choice("feedback", feedback, PRESETS)
     return PRESETS[feedback]
 
 
@@ -237,49 +238,21 @@ def fits_dense(rule: Feedback, rows: int, columns: int, dtype: torch.dtype) -> b
     return rows * columns * dtype.itemsize <= DENSE_LIMIT_BYTES
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+def scale_of(scale: object, named: Collection[str]) -> str | float:
+    """Returns a scale that is one of some names, or a positive number.
 
-
-def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:
-    if not isinstance(value, types):
-        expected = " or ".join(t.__name__ for t in types).replace("NoneType", "None")
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-
-
-def check_scale(scale: object, named: Iterable[str]) -> None:
-    """Raises unless a scale is a positive number, or one of the names of some."""
+    Raises:
+        ValueError, TypeError: for any other.
+    """
     if isinstance(scale, str):
         if scale not in named:
-            raise ValueError(f"scale must be a number or one of {', '.join(named)}, got {scale!r}")
-        return
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or a name, got {type(scale).__name__}")
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"scale must be positive and finite, got {scale}")
-
-
-def _check_seed(seed: object) -> None:
-    if seed is None:
-        return
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    _check_type(name, value, (int, type(None)))
-    if isinstance(value, bool) or (value is not None and value < 1):
-        raise ValueError(f"{name} must be a positive int or None, got {value}")
-
-
-def _check_density(density: object) -> None:
-    if isinstance(density, bool) or not isinstance(density, (int, float)):
-        raise TypeError(f"density must be a number, got {type(density).__name__}")
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be above 0 and at most 1, got {density}")
+            names = arguments.listed(named)
+            raise arguments.wrong_value("scale", f"a number or one of {names}", scale)
+        return scale
+    positive: float = arguments.number(
+        "scale", scale, "positive and finite", lambda s: s > 0, kind="a number or a name"
+    )
+    return positive
 
 
 PRESETS: dict[str, Feedback] = {

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import activations
+from .. import activations, arguments
 from ..engine.layers import CutLayer
-from ..engine.segment import gate_of, gated, with_input_gradient
+from ..engine.segment import check_input, gate_of, gated, with_input_gradient
 from ..engine.tape import LayerRule, cut, note_reader, state
+
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class _Convolution(CutLayer):
@@ -27,6 +29,7 @@ class _Convolution(CutLayer):
     padding_mode: Any  # torch names the few that there are
     _reversed_padding_repeated_twice: list[int]
     _convolve: ClassVar[Callable[..., Tensor]]
+    _positions: ClassVar[int]  # dimensions of an input behind its channels
 
     def __init__(
         self,
@@ -45,25 +48,38 @@ class _Convolution(CutLayer):
         activation: str | nn.Module | None = None,
     ) -> None:
         module = activations.make(activation)
+        arguments.flag("bias", bias)
+        arguments.choice("padding_mode", padding_mode, _PADDING_MODES)
+        arguments.memory(device, dtype)
+        count = self._positions
+        if isinstance(padding, str):
+            arguments.choice("padding", padding, ("valid", "same"))
+        else:
+            padding = _sizes("padding", padding, count, 0)
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype,
-        )  # fmt: skip
+            arguments.integer("in_channels", in_channels, 0),
+            arguments.integer("out_channels", out_channels, 0),
+            _sizes("kernel_size", kernel_size, count),
+            _sizes("stride", stride, count),
+            padding,
+            _sizes("dilation", dilation, count),
+            arguments.integer("groups", groups),
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
         self.activation = module
 
     def forward(self, input: Tensor) -> Tensor:
         rule = state.layer_rule
+        try:
+            output = self._by_rule(input, rule) if rule is not None else self._cut(input)
+        except Exception:
+            check_input(self, input, self.weight)
+            raise
         if rule is not None:
-            return self._by_rule(input, rule)
-        behind = cut(self, input)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            # Padded with its history, which is cut then: so the same tensors are saved as where an
-            # activation checkpoint runs the layer again, uncut.
-            uncut = behind.requires_grad
-            x = self._padded(behind if uncut else input)
-            behind, padding = (x if uncut else x.detach()), "valid"
-        output = self._product(behind, padding)
+            return output if self.activation is None else self.activation(output)
         gate = gate_of(self)
         if gate is not None and input.dim() == self.weight.dim():
             output = gated(self, output, gate)
@@ -72,6 +88,17 @@ class _Convolution(CutLayer):
         note_reader(input, output)
         return output
 
+    def _cut(self, input: Tensor) -> Tensor:
+        """Returns the product, of an input that is cut."""
+        x, padding = cut(self, input), self.padding
+        if self.padding_mode != "zeros":
+            # Padded with its history, which is cut then: so the same tensors are saved as where an
+            # activation checkpoint runs the layer again, uncut.
+            uncut = x.requires_grad
+            x = self._padded(x if uncut else input)
+            x, padding = (x if uncut else x.detach()), "valid"
+        return self._product(x, padding)
+
     def _by_rule(self, x: Tensor, rule: LayerRule) -> Tensor:
         """Returns the same, where the input gradient reads another matrix than the weight."""
         padding = self.padding
@@ -79,8 +106,27 @@ class _Convolution(CutLayer):
             x, padding = self._padded(x), "valid"
         x, numbers = self._padded_by_numbers(x, padding)
         y = self._product(x.detach(), numbers)
-        y = with_input_gradient(self, y, x, rule, partial(self._input_gradient, numbers))
-        return y if self.activation is None else self.activation(y)
+        return with_input_gradient(self, y, x, rule, partial(self._input_gradient, numbers))
+
+    def reads(self, shape: torch.Size, weight: Tensor) -> bool:
+        least = self._least_sizes()
+        if len(shape) not in (len(least) + 1, len(least) + 2):
+            return False
+        channels, *sizes = shape[-len(least) - 1 :]
+        enough = all([size >= n for size, n in zip(sizes, least, strict=True)])
+        return enough and channels == weight.shape[1] * self.groups
+
+    def input_shape(self, weight: Tensor) -> str:
+        sizes = [str(weight.shape[1] * self.groups), *(f">= {n}" for n in self._least_sizes())]
+        shape = ", ".join(sizes)
+        return f"[N, {shape}] or [{shape}]"
+
+    def _least_sizes(self) -> list[int]:
+        """Returns how large an input must be in each dimension, so that the kernel fits in."""
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        if isinstance(self.padding, str):
+            return [1 if self.padding == "same" else size for size in reach]
+        return [max(n - 2 * p, 1) for n, p in zip(reach, self.padding, strict=True)]
 
     def _padded_by_numbers(
         self, x: Tensor, padding: str | tuple[int, ...]
@@ -99,8 +145,11 @@ class _Convolution(CutLayer):
         return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
 
     def _product(self, x: Tensor, padding: str | tuple[int, ...]) -> Tensor:
+        weight = self.weight
+        if torch.compiler.is_compiling():
+            check_input(self, x, weight)
         return self._convolve(
-            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
+            x, weight, self.bias, self.stride, padding, self.dilation, self.groups
         )
 
     def _input_gradient(
@@ -124,6 +173,7 @@ class Conv1d(_Convolution, nn.Conv1d):
     """
 
     _convolve = staticmethod(F.conv1d)
+    _positions = 1
 
 
 class Conv2d(_Convolution, nn.Conv2d):
@@ -141,7 +191,18 @@ class Conv2d(_Convolution, nn.Conv2d):
     Shapes: [N, C_in, H_in, W_in] -> [N, C_out, H_out, W_out], or both without N.
 
     Raises:
-        ValueError, TypeError: for an activation that is not among these, and as `nn.Conv2d`.
+        ValueError, TypeError: for an argument that is not so, and as `nn.Conv2d`. In the forward
+            pass as `fastdfa.Linear`.
     """
 
     _convolve = staticmethod(F.conv2d)
+    _positions = 2
+
+
+def _sizes(name: str, value: Any, count: int, low: int = 1) -> Any:
+    """Returns an int, or as many as there are positions."""
+    if not isinstance(value, (list, tuple)):
+        return arguments.integer(name, value, low)
+    if len(value) != count:
+        raise arguments.wrong_value(name, f"an int or {count} of them", value)
+    return tuple(arguments.integer(f"{name}[{i}]", size, low) for i, size in enumerate(value))

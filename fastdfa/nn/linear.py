@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import activations
+from .. import activations, arguments
 from ..engine.layers import CutLayer
-from ..engine.segment import activated, ahead, gate_of, linear, with_input_gradient
+from ..engine.segment import activated, ahead, check_input, gate_of, linear, with_input_gradient
 from ..engine.tape import LayerRule, cut, note_reader, state
 
 
@@ -28,7 +28,9 @@ class Linear(CutLayer, nn.Linear):
     Shapes: [*, in_features] -> [*, out_features].
 
     Raises:
-        ValueError, TypeError: for an activation that is not among these.
+        ValueError, TypeError: for an argument that is not so. In the forward pass, for an input
+            that is no tensor; and RuntimeError, as `nn.Linear`, for one of another width, dtype or
+            device, which names the layer.
     """
 
     in_segments = True
@@ -44,24 +46,36 @@ class Linear(CutLayer, nn.Linear):
         activation: str | nn.Module | None = None,
     ) -> None:
         module = activations.make(activation)
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        arguments.flag("bias", bias)
+        arguments.memory(device, dtype)
+        super().__init__(
+            arguments.integer("in_features", in_features, 0),
+            arguments.integer("out_features", out_features, 0),
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
         self.activation = module
 
     def forward(self, input: Tensor) -> Tensor:
         rule = state.layer_rule
-        if rule is not None:
-            return self._by_rule(input, rule)
-        output = ahead(self, input)
-        if output is not None:
-            return output
-        # A traced step has its products, and what stands behind them, from inductor.
-        gate = None if torch.compiler.is_compiling() else gate_of(self)
-        if gate is not None:
-            output = activated(self, cut(self, input), gate)
-        else:
-            output = linear(self, cut(self, input))
-            if self.activation is not None:
-                output = self.activation(output)
+        try:
+            if rule is not None:
+                return self._by_rule(input, rule)
+            output = ahead(self, input)
+            if output is not None:
+                return output
+            # A traced step has its products, and what stands behind them, from inductor.
+            gate = None if torch.compiler.is_compiling() else gate_of(self)
+            if gate is not None:
+                output = activated(self, cut(self, input), gate)
+            else:
+                output = linear(self, cut(self, input))
+        except Exception:
+            check_input(self, input, self.weight)
+            raise
+        if gate is None and self.activation is not None:
+            output = self.activation(output)
         note_reader(input, output)
         return output
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import arguments
 from ..engine.layers import CutLayer
 from ..engine.tape import cut, state
 
@@ -40,14 +41,12 @@ class FeedbackPoint(nn.Module):
 
     def __init__(self, rows: int | None = None, features: int | None = None) -> None:
         super().__init__()
-        _check_dimension("rows", rows)
-        _check_dimension("features", features)
-        if rows is not None and rows < 0:
-            raise ValueError(f"rows must not be negative, got {rows}")
-        self.rows = rows
-        self.features = features
+        self.rows: int | None = arguments.integer("rows", rows, 0, optional=True)
+        self.features: int | None = arguments.integer("features", features, None, optional=True)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            raise arguments.wrong_type("the input of a FeedbackPoint", "a tensor", input)
         return self.cut(self, input)
 
     def cut(self, layer: nn.Module, input: Tensor) -> Tensor:
@@ -66,11 +65,6 @@ class FeedbackPoint(nn.Module):
     def extra_repr(self) -> str:
         given = {"rows": self.rows, "features": self.features}
         return ", ".join(f"{name}={k}" for name, k in given.items() if k is not None)
-
-
-def _check_dimension(name: str, value: object) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
 
 
 class CutBehind:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from .. import arguments
 from ..ops.typed import Function
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -46,14 +48,14 @@ class Surrogate(nn.Module):
 
     def __init__(self, f: Elementwise, g: Elementwise) -> None:
         super().__init__()
-        for name, function in (("f", f), ("g", g)):
-            if not callable(function):
-                raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+        arguments.function("f", f)
+        arguments.function("g", g)
         self.f = f
         self.g = g
 
     def forward(self, input: Tensor) -> Tensor:
-        h: Tensor = _Surrogate.apply(input, self.f, self.g)
+        node = _Surrogate if forward_ad._current_level < 0 else _InForwardMode
+        h: Tensor = node.apply(input, self.f, self.g)
         return h
 
     def extra_repr(self) -> str:
@@ -73,6 +75,23 @@ class _Surrogate(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (gate,) = ctx.saved_tensors
         return (grad * gate).to(grad.dtype), None, None
+
+
+class _InForwardMode(_Surrogate):
+    """Gives the forward-mode derivative too; apart, as torch.compile takes no node that has one."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, f: Elementwise, g: Elementwise) -> Tensor:
+        gate = _result("g", g, a)
+        ctx.save_for_backward(gate)
+        ctx.save_for_forward(gate)
+        return _result("f", f, a).to(a.dtype)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        (gate,) = ctx.saved_tensors
+        moved: Tensor = tangent * gate
+        return moved.to(tangent.dtype)
 
 
 def _result(name: str, function: Elementwise, a: Tensor) -> Tensor:

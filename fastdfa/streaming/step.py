@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import arguments
 from ..dfa import DFA
 from ..engine.plan import lay_out
+from ..engine.root import only_root, roots_in
 from ..engine.tape import state
 from ..ops import capture
 from ..ops.typed import uncompiled
@@ -66,7 +68,7 @@ class StreamingStep:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self.root = _root(model)
+        self.root = only_root(roots_in(model, DFA))
         _check_optimizer(optimizer, self.root)
         self.optimizer = optimizer
         self._schedule: Schedule | None = None
@@ -93,6 +95,7 @@ class StreamingStep:
         have the same sizes. What can be checked before the pass is: the target, the arguments of
         the model, and all else that the sizes tell.
         """
+        arguments.function("closure", closure)
         parameters = self._parameters()
         self._check(parameters)
         updates = Updates(self.optimizer)
@@ -211,21 +214,9 @@ class StreamingStep:
 # Checks.
 
 
-def _root(model: nn.Module) -> DFA:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    roots = [module for module in model.modules() if isinstance(module, DFA)]
-    if len(roots) != 1:
-        raise ValueError(
-            f"model must hold one fastdfa.DFA, got {type(model).__name__} with {len(roots)}"
-        )
-    return roots[0]
-
-
 def _check_optimizer(optimizer: Optimizer, root: DFA) -> None:
     kind = type(optimizer).__name__
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {kind}")
+    arguments.instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(

@@ -668,9 +668,21 @@ def test_bad_arguments_of_a_monitor(model):
 
     with pytest.raises(TypeError, match="every must be an int, got float"):
         monitor(model, product, every=1.5)
-    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="every must be a positive int, got 0"):
         monitor(model, product, every=0)
     with pytest.raises(ValueError, match="model must hold a fastdfa"):
         monitor(nn.Linear(2, 2), product)
     with pytest.raises(TypeError, match="loss_fn must be callable"):
         monitor(model, None)
+
+
+@pytest.mark.parametrize("anchor", [None, 2])
+def test_a_layer_behind_a_point_makes_no_other(anchor):
+    layers = [fastdfa.Linear(4, 6, activation="tanh"), nn.Linear(6, 6), fastdfa.FeedbackPoint()]
+    network = nn.Sequential(*layers, fastdfa.Linear(6, 3))
+    model, x = fastdfa.DFA(network, fastdfa.Feedback(anchor=anchor)), torch.randn(5, 4)
+    for _ in range(3):
+        model(x).square().sum().backward()
+        assert model.feedback_points == ["2"]
+    measured = fastdfa.alignment(model, nn.functional.mse_loss, x, torch.zeros(5, 3))
+    assert [point.name for point in measured.points] == ["2"]

@@ -497,8 +497,8 @@ def test_fitted_b_lies_as_channels_last_points_do():
 
 @pytest.mark.parametrize("make, words", [
     (lambda: fastdfa.Feedback(anchor=0), "anchor must be a positive int or None, got 0"),
-    (lambda: fastdfa.Feedback(anchor=True), "anchor must be a positive int or None, got True"),
-    (lambda: fastdfa.Feedback(anchor="often"), "anchor must be int or None, got str"),
+    (lambda: fastdfa.Feedback(anchor=True), "anchor must be an int or None, got bool True"),
+    (lambda: fastdfa.Feedback(anchor="often"), "anchor must be an int or None, got str 'often'"),
     (lambda: fastdfa.Feedback(anchor=9, error="sum"), "expected error='mean'"),
     (lambda: fastdfa.Feedback(anchor=9, dense=False), "anchor fits a B that is in memory"),
     (lambda: anchored(matrices=randn(4, 8)), "anchor fits a B for each point"),

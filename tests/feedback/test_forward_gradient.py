@@ -1,5 +1,7 @@
 """B from forward-mode derivatives (FDFA, arXiv 2212.07282)."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -172,3 +174,87 @@ def test_what_cannot_be_estimated():
         fastdfa.forward_gradient(nn.Linear(2, 2), X)
     with pytest.raises(ValueError, match="model must hold one DFA, got 2"):
         fastdfa.forward_gradient(nn.ModuleList([mlp(WIDTHS), mlp(WIDTHS)]), X)
+
+
+def test_a_surrogate_is_differentiated_by_its_gate(monkeypatch):
+    """What the first point adds passes the second layer's gate, not the derivative of a sign."""
+    gate = fastdfa.Surrogate(torch.sign, lambda a: 1 / (1 + a * a))
+    layers = [fastdfa.Linear(n, m, dtype=torch.float64) for n, m in pairwise([4, 6, 6, 3])]
+    layers[0].activation = layers[1].activation = gate
+    model = fastdfa.DFA(nn.Sequential(*layers))
+    x = randn(5, 4)
+    parameters = learning(model, x)
+    before = [B.detach().clone() for B in parameters]
+    drawn = watched(monkeypatch)
+    fastdfa.forward_gradient(model, x)
+    h = torch.sign(layers[0](x))
+    a = layers[1].weight @ h.t() + layers[1].bias[:, None]
+    first, second = drawn
+    at_second = second + (first @ layers[1].weight.t()) / (1 + a.t() ** 2)
+    d = at_second @ layers[2].weight.t()
+    for B, p, old in zip(parameters, (first, second), before, strict=True):
+        assert_close(B.grad, old - d.t() @ p / len(x))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.qkv = fastdfa.Linear(4, 8, activation="tanh"), fastdfa.Linear(8, 24)
+        self.head = fastdfa.Linear(8, 3)
+
+    def forward(self, x):
+        q, k, v = (part[:, None] for part in self.qkv(self.first(x)).chunk(3, -1))
+        return self.head(nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])
+
+
+def test_through_attention_on_the_cpu():
+    model, x = fastdfa.DFA(Attention()), torch.randn(2, 5, 4)
+    parameters = learning(model, x)
+    fastdfa.forward_gradient(model, x)
+    for B in parameters:
+        assert B.grad.isfinite().all() and not torch.equal(B.grad, B)
+
+
+def test_a_layer_behind_a_point_makes_no_other():
+    layers = [fastdfa.Linear(4, 6, activation="tanh"), nn.Linear(6, 6), fastdfa.FeedbackPoint()]
+    model, x = fastdfa.DFA(nn.Sequential(*layers, fastdfa.Linear(6, 3))), torch.randn(5, 4)
+    (B,) = learning(model, x)
+    fastdfa.forward_gradient(model, x)
+    assert B.grad.shape == (3, 6)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return Doubled.apply(x)
+
+
+def test_a_layer_without_a_forward_derivative_is_refused():
+    layers = [fastdfa.Linear(4, 6), fastdfa.FeedbackPoint(), Double(), fastdfa.Linear(6, 3)]
+    model, x = fastdfa.DFA(nn.Sequential(*layers)), torch.randn(5, 4)
+    parameters = learning(model, x)
+    with pytest.raises(RuntimeError, match="forward-mode derivative of every layer, and one has"):
+        fastdfa.forward_gradient(model, x)
+    assert all(B.grad is None for B in parameters)
+
+
+def test_matrices_that_are_not_there_yet_or_fit_no_point():
+    anchored = fastdfa.DFA(mlp(WIDTHS).module, fastdfa.Feedback(anchor=5))
+    with pytest.raises(ValueError, match=r"call learn_feedback\('forward_gradient'\) once"):
+        fastdfa.forward_gradient(anchored, X)
+    sizes = {str(i + 1): n for i, n in enumerate(WIDTHS[1:-1])}
+    for given in ({"6": randn(3, 8)}, {k: randn(WIDTHS[-1], n + 1) for k, n in sizes.items()}):
+        model = fastdfa.DFA(mlp(WIDTHS).module, matrices=given)
+        model.matrices.requires_grad_(True)
+        with pytest.raises(ValueError, match="matrices"):
+            fastdfa.forward_gradient(model, X)
+        assert all(B.grad is None for B in model.matrices.values())

@@ -569,7 +569,7 @@ def test_options_that_do_not_go_together(options, message):
     ("arguments", "error", "message"),
     [
         ({"rule": "dfa"}, ValueError, "rule must be one of 'fa', .*got 'dfa'"),
-        ({"scale": "biotorch"}, ValueError, "scale must be a number or one of xavier, torch"),
+        ({"scale": "biotorch"}, ValueError, "scale must be a number or one of 'xavier', 'torch'"),
         ({"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
         ({"scale": None}, TypeError, "scale must be a number or a name, got NoneType"),
         ({"seed": -1}, ValueError, "seed must be from 0"),

@@ -627,3 +627,34 @@ def test_what_cannot_learn():
     model = learning(lambda B, e, h: B[:2])
     with pytest.raises(ValueError, match=r"must return shape \(4, 7\), got \(2, 7\)"):
         step(model, X, G)
+
+
+def test_points_of_the_names_that_containers_have_for_themselves():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.keys = fastdfa.Linear(4, 6, activation="tanh")
+            self.values = fastdfa.Linear(6, 7, activation="tanh")
+            self.shared = fastdfa.Linear(7, 3)
+
+        def forward(self, x):
+            return self.shared(self.values(self.keys(x)))
+
+    x = torch.randn(5, 4)
+    given = {"values": torch.randn(3, 6), "shared": torch.randn(3, 7)}
+    model = fastdfa.DFA(Net(), matrices=given)
+    model(x).sum().backward()
+    assert model.feedback_points == ["values", "shared"]
+    for name, B in given.items():
+        assert torch.equal(model.feedback_matrix(name), B)
+    learnt = fastdfa.DFA(Net())
+    learnt(x)
+    assert [B.shape for B in learnt.learn_feedback()] == [(3, 6), (3, 7)]
+    learnt(x).sum().backward()
+    anchored = fastdfa.DFA(Net(), fastdfa.Feedback(anchor=2))
+    anchored(x).square().sum().backward()
+    assert set(anchored.explained) == {"values", "shared"}
+    again = fastdfa.DFA(Net(), fastdfa.Feedback(anchor=2))
+    again.load_state_dict(anchored.state_dict())
+    again(x)
+    assert torch.equal(again.feedback_matrix("values"), anchored.feedback_matrix("values"))

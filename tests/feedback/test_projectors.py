@@ -251,10 +251,10 @@ def test_it_trains():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(features=0), "features must be positive, got 0"),
-    (dict(features=3, output="phase"), "output must be 'linear' or 'intensity', got 'phase'"),
-    (dict(features=3, bits=0), "bits must be positive or None, got 0"),
-    (dict(features=3, noise=-1), "noise must not be negative, got -1"),
+    (dict(features=0), "features must be a positive int, got 0"),
+    (dict(features=3, output="phase"), "output must be one of 'linear', 'intensity', got 'phase'"),
+    (dict(features=3, bits=0), "bits must be from 1 to 64 or None, got 0"),
+    (dict(features=3, noise=-1), "noise must be at least 0, got -1"),
     (dict(features=3, noise_bits=0), "noise_bits must be positive or None, got 0"),
 ])  # fmt: skip
 def test_processors_that_are_none(options, message):

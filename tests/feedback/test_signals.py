@@ -171,7 +171,7 @@ def test_a_target_that_does_not_fit(target, error, message, later):
     (dict(signal="signs"), ValueError, "signal must be one of 'error', 'sign'"),
     (dict(signal=3), TypeError, "signal must be a name, a Signal or callable, got int"),
     (dict(rank=0), ValueError, "rank must be a positive int"),
-    (dict(rank=2.0), TypeError, "rank must be int or None, got float"),
+    (dict(rank=2.0), TypeError, "rank must be an int or None, got float 2.0"),
     (dict(density=0), ValueError, "density must be above 0"),
     (dict(density=1.5), ValueError, "at most 1, got 1.5"),
     (dict(density="half"), TypeError, "density must be a number, got str"),

@@ -30,8 +30,7 @@ def finish(root: TrainedRoot, planner: Planner, tape: Tape, y: Any) -> Any:
     points = tape.in_order()
     for layer in tape.in_vain():
         root.follows(layer, None)
-    if not torch.compiler.is_compiling():
-        points = [announced(point) for point in points]
+    points = [announced(point) for point in points]
     plan = planner.plan(root, tape, points, y)
     given = take_target(root)
     sender = sender_of(root, planner.layout, y.device, root.columns(y.shape[-1]), given)
@@ -71,6 +70,11 @@ def finish(root: TrainedRoot, planner: Planner, tape: Tape, y: Any) -> Any:
 def announced(point: Point) -> Point:
     """Returns a point whose feedback can be announced: handed over by a token of its own to what a
     traced layer has made, and to an output whose gradient a hook or `retain_grad` waits for."""
+    if torch.compiler.is_compiling():  # what ran untraced is handed its feedback all the same
+        if point.receiver is None:
+            return point
+        token = Token.apply(point.tensor, point.rows, point.features, None)
+        return point._replace(token=token, receiver=None, run=None, place=0)
     if point.receiver is not None and not (point.run is not None and watched(point.tensor)):
         return point
     x, receiver = (point.token if point.run is None else point.tensor), Receiver()

@@ -17,6 +17,7 @@ from helpers.networks import (
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import fastdfa
 
@@ -252,6 +253,29 @@ def test_a_submodule_compiled():
     for a, b in zip(gradients(model).values(), gradients(eager).values(), strict=True):
         assert_close(a, b)
     assert list(model.feedback_points) == list(eager.feedback_points)
+
+
+@pytest.mark.parametrize("kind", ["disabled", "checkpointed"])
+def test_layers_that_run_untraced(kind):
+    """Amid traced ones, which hand them their feedback all the same."""
+
+    class Block(nn.Sequential):
+        def forward(self, h):
+            if kind == "disabled":
+                return torch.compiler.disable(super().forward)(h)
+            return checkpoint(super().forward, h, use_reentrant=False)
+
+    eager = sequential(
+        fastdfa.Linear(5, 8, activation="tanh"),
+        Block(fastdfa.Linear(8, 8, activation="tanh"), fastdfa.FeedbackPoint(), nn.Linear(8, 7)),
+        fastdfa.Linear(7, 6),
+        Block(fastdfa.Linear(6, 6, activation="relu")),
+        fastdfa.Linear(6, 3),
+    )
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend="aot_eager")
+    x, g = randn(6, 5), randn(6, 3)
+    check(compiled, model, eager, x, g)
 
 
 @pytest.mark.parametrize("where", [1, 2, 3])

@@ -35,7 +35,11 @@ def shrunk(numbers, fails, seconds=SHRINKING):
     while size:
         changed, place = False, 0
         while place < len(numbers) and time.monotonic() < end:
-            before, these, after = numbers[:place], numbers[place : place + size], numbers[place + size :]
+            before, these, after = (
+                numbers[:place],
+                numbers[place : place + size],
+                numbers[place + size :],
+            )
             smaller = [before + after, [*before, *[0] * len(these), *after]]
             if size == 1:
                 smaller += [[*before, k, *after] for k in range(1, these[0])]

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from helpers import drawing, programs
+from helpers import drawing
 
 TESTS = Path(__file__).parent
 SHRINKING = 30.0  # seconds at most for each that fails
@@ -63,10 +63,9 @@ def smallest(numbers, error):
     return program, failure(program)
 
 
-def lines_of(data, indent=0):
+def lines_of(data):
     """The `repr` of a program, one line for each of its arguments."""
-    text, depth, start = repr(data), 0, 0
-    lines = []
+    text, depth, start, lines = repr(data), 0, 0, []
     for place, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
         if depth == 1 and text[place : place + 2] == ", ":
@@ -75,11 +74,15 @@ def lines_of(data, indent=0):
     return [*lines, text[start:].strip()]
 
 
+def first_line(error):
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+
+
 def written(program, error, what):
     """What fails as a file of Python."""
     first, *rest = lines_of(program)
     return "\n".join([
-        f'"""{what}: {" ".join(str(error).split())[:300]}"""',
+        f'"""{what}: {first_line(error)}"""',
         "import sys, warnings",
         "",
         f"sys.path[:0] = {[str(TESTS), str(TESTS.parent)]}",
@@ -119,7 +122,7 @@ def main(argv=None):
             options.out.mkdir(parents=True, exist_ok=True)
             path = options.out / f"seed-{seed}-program-{number}.py"
             path.write_text(written(program, error, f"program {number} of seed {seed}"))
-            print(f"program {number} fails: {error}\n{path}", flush=True)
+            print(f"program {number} fails: {first_line(error)}\n    {path}", flush=True)
         number += 1
         if number % 500 == 0:
             print(f"{number} programs, {failed} failed", flush=True)

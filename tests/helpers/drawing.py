@@ -9,6 +9,7 @@ a batch norm (test_conv.py).
 """
 
 from random import Random
+from typing import NamedTuple
 
 import torch
 
@@ -44,6 +45,15 @@ SELDOM = [False, False, False, True]
 NOW_AND_THEN = [True, False]
 
 
+class Allowed(NamedTuple):
+    """What the parts of a program may have."""
+
+    hooks: list
+    batch_norm: bool
+    checkpoints: bool
+    names: list  # of activations
+
+
 class Numbers:
     """Chooses at random, or the options of these numbers and then the first ones. Keeps the numbers
     of what it chose."""
@@ -66,10 +76,10 @@ def numbered(seed, number):
     return program(pick), pick.chosen
 
 
-def layer(pick, n, m=None, hooks=HOOKS, frozen=FROZEN):
+def layer(pick, allowed, n, m=None, hooks=HOOKS, frozen=FROZEN):
     """Of n to m features, or to any number of them."""
     m = m or pick(WIDTHS)
-    return Dense(n, m, pick(NAMES), pick(NOW_AND_THEN), pick(frozen), pick(hooks))
+    return Dense(n, m, pick(allowed.names), pick(NOW_AND_THEN), pick(frozen), pick(hooks))
 
 
 def may_change_in_place(parts):
@@ -82,15 +92,15 @@ def may_change_in_place(parts):
     return isinstance(last, Module) and "Norm" in last.name
 
 
-def branches(pick, n):
+def branches(pick, allowed, n):
     """And the width of what comes out."""
     merge, m = pick(["add", "mul", "cat"]), pick(WIDTHS)
     count, before, paths = pick([2, 3]), pick(SELDOM), []
     for _ in range(count):
         path = [Module(pick(["Tanh", "ReLU"]))] if before else []
-        path.append(layer(pick, n, m, frozen=[""] if before else FROZEN))
+        path.append(layer(pick, allowed, n, m, frozen=[""] if before else FROZEN))
         if pick(SELDOM):
-            path.append(layer(pick, m, m))
+            path.append(layer(pick, allowed, m, m))
         if pick(SELDOM):
             path.append(Module("LayerNorm", (m,)))
         paths.append(tuple(path))
@@ -103,20 +113,20 @@ KINDS = [
 ]  # fmt: skip
 
 
-def sequence(pick, n, ranks, norm, hooks=HOOKS, positions=False, most=5):
+def sequence(pick, allowed, n, ranks, positions=False, most=5):
     """Operations on [N, n] (`ranks` of 2) or [N, T, n], and their last width."""
     parts = []
     for _ in range(pick(range(most + 1))):
         kind = pick(KINDS)
         if kind == "layer":
-            parts.append(layer(pick, n, hooks=hooks))
+            parts.append(layer(pick, allowed, n, hooks=allowed.hooks))
             n = parts[-1].m
         elif kind == "activation":
             name = pick(PLAIN)
             inplace = name in ("ReLU", "SiLU", "ELU", "LeakyReLU") and may_change_in_place(parts)
             parts.append(Module(name, inplace=inplace and pick([False, True])))
         elif kind == "norm":
-            batch = norm and ranks == 2 and pick([False, True])
+            batch = allowed.batch_norm and ranks == 2 and pick([False, True])
             parts.append(Module("BatchNorm1d" if batch else "LayerNorm", (n,)))
         elif kind == "dropout":
             parts.append(Module("Dropout", (pick([0.0, 0.4]),)))
@@ -125,19 +135,19 @@ def sequence(pick, n, ranks, norm, hooks=HOOKS, positions=False, most=5):
         elif kind == "point":
             parts.append(Point(-1 if positions and pick(SELDOM) else None))
         elif kind == "branches":
-            part, n = branches(pick, n)
+            part, n = branches(pick, allowed, n)
             parts.append(part)
         elif kind == "residual":
             inner = [Module("LayerNorm", (n,))] * pick([0, 1])
             inner += [Module("Linear", (n, 5)), Module("GELU"), Module("Linear", (5, n))]
             parts.append(Residual(tuple(inner)))
         elif kind == "again":
-            parts.append(Again(layer(pick, n, n), pick([2, 3]), pick([False, True])))
+            parts.append(Again(layer(pick, allowed, n, n), pick([2, 3]), pick([False, True])))
         elif kind == "nested":
             # A checkpoint would update the statistics of a batch norm twice.
-            checkpointed = pick(SELDOM)
-            kept = norm and not checkpointed
-            inner, n = sequence(pick, n, ranks, kept, hooks, positions, most=2)
+            checkpointed = allowed.checkpoints and pick(SELDOM)
+            inside = allowed._replace(batch_norm=allowed.batch_norm and not checkpointed)
+            inner, n = sequence(pick, inside, n, ranks, positions, most=2)
             parts.append(Nested(tuple(inner), checkpointed))
         else:
             m = pick(WIDTHS)
@@ -146,7 +156,7 @@ def sequence(pick, n, ranks, norm, hooks=HOOKS, positions=False, most=5):
     return parts, n
 
 
-def images(pick, channels, sizes, norm, hooks):
+def images(pick, allowed, channels, sizes):
     """Operations on images [N, C, *sizes] that end in [N, n], and n."""
     parts, dimensions = [], len(sizes)
     for _ in range(pick([1, 2, 3])):
@@ -159,11 +169,11 @@ def images(pick, channels, sizes, norm, hooks):
             break
         sizes = made
         parts.append(Conv(
-            channels, m, kernel, padding, stride, groups, pick(NAMES), pick(NOW_AND_THEN),
-            pick(FROZEN), pick(hooks), dimensions,
+            channels, m, kernel, padding, stride, groups, pick(allowed.names), pick(NOW_AND_THEN),
+            pick(FROZEN), pick(allowed.hooks), dimensions,
         ))  # fmt: skip
         channels = m
-        if norm and pick(SELDOM):
+        if allowed.batch_norm and pick(SELDOM):
             parts.append(Module(f"BatchNorm{dimensions}d", (m,)))
         if pick(SELDOM):
             parts.append(Module("ReLU", inplace=may_change_in_place(parts) and pick(NOW_AND_THEN)))
@@ -178,10 +188,11 @@ def images(pick, channels, sizes, norm, hooks):
     return parts, channels
 
 
-def rule(pick, may_be_raw):
+def rule(pick, tail, float64):
     """A `Feedback`, and the name of its signal in `CASES` and whether it is raw."""
-    name = pick(["error", "error", "error", *CASES])
-    raw = may_be_raw and pick([False, True])
+    # Behind a tap an error may be 0 but for rounding, and its sign would not be.
+    name = pick(["error", "error", "error", *CASES]) if float64 or not tail else "error"
+    raw = not tail and pick([False, True])
     density = pick([1.0, 1.0, 0.4])
     made = fastdfa.Feedback(
         distribution=pick(DISTRIBUTIONS),
@@ -204,39 +215,45 @@ DTYPES = [torch.float64] * 3 + [torch.float32]
 
 def program(pick):
     way, dtype = pick(OFTEN_EAGER), pick(DTYPES)
+    float64 = dtype == torch.float64
     training, wants = pick([True, True, False]), way != "streaming" and pick(SELDOM)
     batches = tuple(pick([3, 1, 2, 7]) for _ in range(pick([1, 2, 3])))
-    # Batch norm needs several values; those of two rows are all but equal now and then.
-    norm = not training or min(batches) > (1 if dtype == torch.float64 else 2)
+    allowed = Allowed(
+        hooks=HOOKS if wants else BACKWARD_HOOKS,
+        # It needs several values; those of two rows are all but equal now and then.
+        batch_norm=not training or min(batches) > (1 if float64 else 2),
+        # A StreamingStep refuses points in them; to Dynamo another batch is another graph, which
+        # torch's checkpoints refuse.
+        checkpoints=way not in ("streaming", "compiled"),
+        names=NAMES if float64 else [name for name in NAMES if name != "Tanhshrink"],  # a - tanh(a)
+    )
     kind = pick(["rows", "rows", "tokens", "images"])
-    parts, n, ranks = [], pick(WIDTHS), 2
-    hooks = HOOKS if wants else BACKWARD_HOOKS
-    dimensions = 0
+    parts, n, ranks, dimensions = [], pick(WIDTHS), 2, 0
     if kind == "images":
         dimensions = pick([2, 2, 1])
         shape = (pick([2, 3]), *[pick([3, 4, 5, 6]) for _ in range(dimensions)])
         # A convolution of 1x1 outputs has one value a channel: batch norm refuses it.
-        parts, n = images(pick, shape[0], shape[1:], norm and not training, hooks)
+        inside = allowed._replace(batch_norm=allowed.batch_norm and not training)
+        parts, n = images(pick, inside, shape[0], shape[1:])
     elif kind == "tokens":
         shape, ranks = (pick([1, 2, 3, 4]), n), 3
         by_sample = pick([False, True])  # whether the error is one of samples
-        parts, n = sequence(pick, n, 3, norm, hooks, by_sample, 3)
+        parts, n = sequence(pick, allowed, n, 3, by_sample, 3)
         if by_sample:
             parts.append(Function("mean over tokens"))
             ranks = 2
     else:
         shape = (n,)
-    more, n = sequence(pick, n, ranks, norm, hooks)
+    more, n = sequence(pick, allowed, n, ranks)
     parts += more
     classes = pick(range(1, 6))
-    parts.append(layer(pick, n, classes, hooks, [""]))
+    parts.append(layer(pick, allowed, n, classes, allowed.hooks, [""]))
     tail = outputs = None
     if pick(SELDOM):
         outputs = pick([1, 2, 3, 4])
-        tail, m = sequence(pick, classes, ranks, norm, most=2)
+        tail, m = sequence(pick, allowed._replace(hooks=HOOKS), classes, ranks, most=2)
         tail = (*tail, Dense(m, outputs))
-    # Behind a tap an error may be 0 but for rounding, and its sign would not be.
-    made, signal, raw = rule(pick, tail is None)
+    made, signal, raw = rule(pick, tail is not None, float64)
     return Program(
         tuple(parts), shape, classes, tail, outputs, pick(NOW_AND_THEN), made, signal, raw,
         batches, training, wants, dimensions == 2 and min(batches) > 1 and pick(SELDOM),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 from .. import signals
 from ..feedback.bank import Layout
 from ..matrices import Matrices
+from ..ops.typed import uncompiled
 from ..projectors import Projected
 from .broadcast import Broadcast, Receiver, Sender, as_matrix
 from .nodes import RootNode, Sending, Token, Traced
 from .plan import what_is_read
 from .planner import Planner
-from .tape import Point, Tape, TrainedRoot, watched
+from .tape import Point, Tape, TrainedRoot, was_cut, watched
 
 ONE_ERROR = (
     ". Several heads have one error where a submodule returns torch.cat(outputs, -1), and what is "
@@ -30,7 +32,10 @@ def finish(root: TrainedRoot, planner: Planner, tape: Tape, y: Any) -> Any:
     points = tape.in_order()
     for layer in tape.in_vain():
         root.follows(layer, None)
-    points = [announced(point) for point in points]
+    if not torch.compiler.is_compiling():
+        points = [announced(point) for point in points]
+    elif any(point.receiver is not None for point in points):  # made by a layer that ran untraced
+        return finish_untraced(root, planner, tape, y)
     plan = planner.plan(root, tape, points, y)
     given = take_target(root)
     sender = sender_of(root, planner.layout, y.device, root.columns(y.shape[-1]), given)
@@ -59,6 +64,7 @@ def finish(root: TrainedRoot, planner: Planner, tape: Tape, y: Any) -> Any:
         broadcast: Broadcast | Traced = Traced(plan.drawn, plan.products, places)
     else:
         broadcast = made = tape.broadcast(plan)
+        made.was_cut = partial(was_cut, root, tape.inputs)
         for number, point in enumerate(points):
             receiver: Any = point.receiver  # there, as the point is `announced`
             receiver.set(made, number, point.place)
@@ -67,14 +73,12 @@ def finish(root: TrainedRoot, planner: Planner, tape: Tape, y: Any) -> Any:
     return RootNode.apply(sending, y, output, low, target, *matrices, *learnt, *tokens)
 
 
+finish_untraced = uncompiled(finish)
+
+
 def announced(point: Point) -> Point:
     """Returns a point whose feedback can be announced: handed over by a token of its own to what a
     traced layer has made, and to an output whose gradient a hook or `retain_grad` waits for."""
-    if torch.compiler.is_compiling():  # what ran untraced is handed its feedback all the same
-        if point.receiver is None:
-            return point
-        token = Token.apply(point.tensor, point.rows, point.features, None)
-        return point._replace(token=token, receiver=None, run=None, place=0)
     if point.receiver is not None and not (point.run is not None and watched(point.tensor)):
         return point
     x, receiver = (point.token if point.run is None else point.tensor), Receiver()

@@ -111,9 +111,9 @@ class FirstPass(Tape):
 
 
 _RUN_AGAIN = (
-    "a checkpoint has a feedback point inside, and runs its layers again in a StreamingStep that has "
-    "updated some of them: expected checkpoints between points, which a StreamingStep hardly needs, "
-    "or an ordinary step. Some layers are updated already"
+    "a checkpoint has a feedback point inside, and runs its layers again in a StreamingStep that "
+    "has updated some of them: expected checkpoints between points, which a StreamingStep hardly "
+    "needs, or an ordinary step. Some layers are updated already"
 )
 
 

@@ -267,14 +267,17 @@ def test_layers_that_run_untraced(kind):
 
     eager = sequential(
         fastdfa.Linear(5, 8, activation="tanh"),
-        Block(fastdfa.Linear(8, 8, activation="tanh"), fastdfa.FeedbackPoint(), nn.Linear(8, 7)),
+        Block(
+            fastdfa.Linear(8, 8, activation="tanh"), fastdfa.FeedbackPoint(), nn.Linear(8, 8),
+            nn.Tanh(), fastdfa.FeedbackPoint(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 7),
+        ),
         fastdfa.Linear(7, 6),
         Block(fastdfa.Linear(6, 6, activation="relu")),
         fastdfa.Linear(6, 3),
-    )
+    )  # fmt: skip
     model = copy.deepcopy(eager)
     compiled = torch.compile(model, backend="aot_eager")
-    x, g = randn(6, 5), randn(6, 3)
+    x, g = randn(8, 5), randn(8, 3)
     check(compiled, model, eager, x, g)
 
 

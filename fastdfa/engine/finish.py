@@ -54,8 +54,10 @@ def finish(root: TrainedRoot, planner: Planner, tape: Tape, y: Any) -> Any:
     low: Tensor | None = root.compression
     if low is None and sender is not None:
         low = sender.low
-    output = y if sender is not None and sender.signal.needs_output else None
+    output = None
     if sender is not None:
+        # Not y itself: Dynamo breaks the graph where it is given one tensor twice.
+        output = y.detach() if sender.signal.needs_output else None
         sender = sender._replace(low=None, target=None)
     tokens = [point.token for point in points]
     matrices: list[Tensor] = []

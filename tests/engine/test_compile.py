@@ -72,6 +72,10 @@ MODELS = {
     "no bias": lambda: mlp([5, 8, 7, 3], bias=False),
     "generated": lambda: mlp([5, 8, 7, 3], feedback=fastdfa.Feedback(seed=1, dense=False)),
     "separate": lambda: mlp([5, 8, 7, 3], feedback=fastdfa.Feedback(seed=1, shared=False)),
+    "output": lambda: mlp(
+        [5, 8, 7, 3],
+        feedback=fastdfa.Feedback(seed=1, rank=2, signal=lambda y, target, error: y * error),
+    ),
     "sum": lambda: mlp([5, 8, 7, 3], feedback=fastdfa.Feedback(seed=1, error="sum")),
     "unknown": lambda: mlp([5, 8, 7, 3], "Softsign"),
     "modules": lambda: sequential(

@@ -380,6 +380,10 @@ class DFA(Root):
             self._find_names()
         return names_of(layers, self._names)
 
+    def holds(self, layer: nn.Module) -> bool:
+        """Returns whether this layer is inside the network."""
+        return layer in self._names
+
     def after(self, layer: nn.Module) -> nn.Module | None:
         """Returns the layer that most likely reads the output of this one."""
         return self._after.get(layer)

@@ -6,11 +6,13 @@ here for its own, when autograd comes to it. So a delta lives no longer than its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Variable
 
 from .. import ops, signals
@@ -171,7 +173,11 @@ class Broadcast:
 
     Attributes:
         sent: what is projected, [M, columns], while a backward pass is under way.
+        was_cut: tells whether the forward pass has cut the network where a layer reads a tensor;
+            None where no layer can run again.
     """
+
+    was_cut: Callable[[nn.Module, Tensor], bool] | None = None
 
     def __init__(
         self,
@@ -189,6 +195,8 @@ class Broadcast:
     def begin(self, sent: Tensor | Projected) -> None:
         """Keeps what is projected until the end of the backward pass that runs."""
         self.send(sent)
+        if self.was_cut is not None:
+            under_way.add(self)
         Variable._execution_engine.queue_callback(self.end)
 
     def send(self, sent: Tensor | Projected) -> None:
@@ -269,6 +277,30 @@ class Broadcast:
             call = Call.of(self.drawn, products, [self.dense[number] for number in numbers])
             self._calls[numbers] = call
         return call
+
+
+class UnderWay(threading.local):
+    """Knows, in each thread, the broadcasts of the latest backward pass: a checkpoint that runs
+    layers again in it must cut where the forward pass did, as what follows a cut saves less."""
+
+    task = -1  # torch's number of that backward pass
+    broadcasts: tuple[ref[Broadcast], ...] = ()
+
+    def add(self, broadcast: Broadcast) -> None:
+        task = torch._C._current_graph_task_id()
+        others = self.broadcasts if task == self.task else ()
+        self.task, self.broadcasts = task, (*others, ref(broadcast))
+
+    def cuts(self, layer: nn.Module, x: Tensor) -> bool:
+        """Returns whether `layer` runs again in a backward pass of a network that was cut where it
+        reads x."""
+        if self.task == -1 or self.task != torch._C._current_graph_task_id():
+            return False
+        found = [broadcast() for broadcast in self.broadcasts]
+        return any(b is not None and b.was_cut is not None and b.was_cut(layer, x) for b in found)
+
+
+under_way = UnderWay()
 
 
 class Receiver:

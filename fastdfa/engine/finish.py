@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from .. import signals
 from ..feedback.bank import Layout
 from ..matrices import Matrices
 from ..ops.tracing import traced
+from ..ops.typed import uncompiled
 from ..projectors import Projected
 from . import sites
 from .broadcast import Receiver, Sender, as_matrix
@@ -19,7 +21,7 @@ from .handed import HandingNode
 from .nodes import RootNode, Sending, Token
 from .plan import what_is_read
 from .planner import Planner
-from .tape import Point, Tape, TrainedRoot, watched
+from .tape import Point, Tape, TrainedRoot, was_cut, watched
 
 ONE_ERROR = (
     ". Several heads have one error where a submodule returns torch.cat(outputs, -1), and what is "
@@ -32,6 +34,8 @@ def finish(root: TrainedRoot, planner: Planner, tape: Tape, y: Any) -> Any:
     check_output(y, root.output)
     points = tape.in_order()
     if traced():
+        if any(point.receiver is not None for point in points):  # made by layers that ran untraced
+            return finish_untraced(root, planner, tape, y)
         return _handing(root, planner, points, y)
     for layer in tape.in_vain():
         root.follows(layer, None)
@@ -41,6 +45,7 @@ def finish(root: TrainedRoot, planner: Planner, tape: Tape, y: Any) -> Any:
     if not points:
         return y
     broadcast = tape.broadcast(plan)
+    broadcast.was_cut = partial(was_cut, root, tape.inputs)
     for number, point in enumerate(points):
         receiver: Any = point.receiver  # there, as the point is `announced`
         receiver.set(broadcast, number, point.place)
@@ -91,10 +96,15 @@ def _sent(root: TrainedRoot, planner: Planner, points: Sequence[Point], y: Tenso
     low: Tensor | None = root.compression
     if low is None and sender is not None:
         low = sender.low
-    output = y if sender is not None and sender.signal.needs_output else None
+    output = None
     if sender is not None:
+        # Not y itself: Dynamo breaks the graph where it is given one tensor twice.
+        output = y.detach() if sender.signal.needs_output else None
         sender = sender._replace(low=None, target=None)
     return _Sent(sender, output, low, target, learnt)
+
+
+finish_untraced = uncompiled(finish)
 
 
 def announced(point: Point) -> Point:

@@ -21,7 +21,7 @@ from ..feedback.bank import Bank
 from ..matrices import Learning, Matrices
 from ..ops.tracing import traced, wants_gradient
 from ..projectors import Projector
-from .broadcast import Broadcast, Receiver
+from .broadcast import Broadcast, Receiver, under_way
 from .handed import HandedToken, Handing
 from .layers import CutLayer
 from .nodes import BackwardWeight, Edge, Token
@@ -60,6 +60,9 @@ class TrainedRoot(Protocol):
 
     def names_of_points(self, layers: Sequence[nn.Module]) -> list[str]:
         """Returns the names of the points that these layers read."""
+
+    def holds(self, layer: nn.Module) -> bool:
+        """Returns whether this layer is inside the network."""
 
     def after(self, layer: nn.Module) -> nn.Module | None:
         """Returns the layer that most likely reads the output of this one."""
@@ -163,6 +166,17 @@ class Point(NamedTuple):
 _BEHIND_HOOKS: Any = BackwardHookFunction._backward_cls
 
 
+def chosen_by(root: TrainedRoot, layer: nn.Module) -> bool:
+    """Returns whether a root cuts the network at the input of this layer."""
+    return root.cut_at is None or layer in root.cut_at
+
+
+def was_cut(root: TrainedRoot, inputs: Sequence[Tensor], layer: nn.Module, x: Tensor) -> bool:
+    """Returns whether a pass of these inputs has cut the network where a layer reads x."""
+    given = any(x is one for one in inputs)
+    return not given and root.holds(layer) and chosen_by(root, layer)
+
+
 def feedback_shape(x: Tensor, rows: int | None, features: int | None) -> torch.Size:
     """Returns the shape of the feedback for x: without its positions, where it has `features`."""
     return x.shape if features is None else torch.Size([*x.shape[:rows], x.shape[features]])
@@ -196,8 +210,7 @@ class Tape:
 
     def chosen(self, layer: nn.Module) -> bool:
         """Returns whether the root cuts the network at the input of this layer."""
-        chosen = self.root.cut_at
-        return chosen is None or layer in chosen
+        return chosen_by(self.root, layer)
 
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
         """Records x as a point and returns it without its history."""
@@ -390,7 +403,9 @@ def cut(
     With `features`, one dimension of x behind the rows, the others behind them are positions.
     """
     tape = state.tape
-    if tape is None or tape.tapped is not None or not tape.chosen(layer):
+    if tape is None:
+        return x.detach() if not torch.compiler.is_compiling() and under_way.cuts(layer, x) else x
+    if tape.tapped is not None or not tape.chosen(layer):
         return x
     if torch.is_grad_enabled() and wants_gradient(x):
         return tape.cut(layer, x, rows, features)

@@ -110,6 +110,13 @@ class FirstPass(Tape):
             loss.backward()
 
 
+_RUN_AGAIN = (
+    "a checkpoint has a feedback point inside, and runs its layers again in a StreamingStep that "
+    "has updated some of them: expected checkpoints between points, which a StreamingStep hardly "
+    "needs, or an ordinary step. Some layers are updated already"
+)
+
+
 class UpdatingPass(Tape):
     """Sends each point its feedback in turn, updates what is before it, and lets go of that.
 
@@ -139,6 +146,7 @@ class UpdatingPass(Tape):
         self.waiting: dict[int, Point] = {}  # points that are reached and have no feedback yet
         self.due: list[int] = []  # sources whose turn has come
         self.complete: list[Tensor] = []  # parameters to update when these have sent
+        self.sending = False  # whether a backward pass runs
         self._cut = WeakTensorKeyDictionary()  # what was a point already
 
     def read(self, x: Tensor, edge: Edge | None) -> None:
@@ -147,6 +155,8 @@ class UpdatingPass(Tape):
     @_eagerly
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
         if x not in self._cut:
+            if self.sending:
+                raise RuntimeError(_RUN_AGAIN)
             self._cut[x] = True
             number = self.reached
             self._reach(layer, feedback_shape(x, rows, features))
@@ -202,7 +212,9 @@ class UpdatingPass(Tape):
         if sent:
             with self.call.without_autocast():
                 tensors, gradients = zip(*sent, strict=True)
+                self.sending = True
                 torch.autograd.backward(tensors, gradients)
+                self.sending = False
         self.updates.update(self.complete)
         self.due, self.complete = [], []
         return nodes

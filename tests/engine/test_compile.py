@@ -18,6 +18,7 @@ from helpers.networks import (
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import fastdfa
 from fastdfa.engine import sites
@@ -73,6 +74,10 @@ MODELS = {
     "no bias": lambda: mlp([5, 8, 7, 3], bias=False),
     "generated": lambda: mlp([5, 8, 7, 3], feedback=fastdfa.Feedback(seed=1, dense=False)),
     "separate": lambda: mlp([5, 8, 7, 3], feedback=fastdfa.Feedback(seed=1, shared=False)),
+    "output": lambda: mlp(
+        [5, 8, 7, 3],
+        feedback=fastdfa.Feedback(seed=1, rank=2, signal=lambda y, target, error: y * error),
+    ),
     "sum": lambda: mlp([5, 8, 7, 3], feedback=fastdfa.Feedback(seed=1, error="sum")),
     "unknown": lambda: mlp([5, 8, 7, 3], "Softsign"),
     "modules": lambda: sequential(
@@ -254,6 +259,32 @@ def test_a_submodule_compiled():
     for a, b in zip(gradients(model).values(), gradients(eager).values(), strict=True):
         assert_close(a, b)
     assert list(model.feedback_points) == list(eager.feedback_points)
+
+
+@pytest.mark.parametrize("kind", ["disabled", "checkpointed"])
+def test_layers_that_run_untraced(kind):
+    """Amid traced ones, which hand them their feedback all the same."""
+
+    class Block(nn.Sequential):
+        def forward(self, h):
+            if kind == "disabled":
+                return torch.compiler.disable(super().forward)(h)
+            return checkpoint(super().forward, h, use_reentrant=False)
+
+    eager = sequential(
+        fastdfa.Linear(5, 8, activation="tanh"),
+        Block(
+            fastdfa.Linear(8, 8, activation="tanh"), fastdfa.FeedbackPoint(), nn.Linear(8, 8),
+            nn.Tanh(), fastdfa.FeedbackPoint(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 7),
+        ),
+        fastdfa.Linear(7, 6),
+        Block(fastdfa.Linear(6, 6, activation="relu")),
+        fastdfa.Linear(6, 3),
+    )  # fmt: skip
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend="aot_eager")
+    x, g = randn(8, 5), randn(8, 3)
+    check(compiled, model, eager, x, g)
 
 
 @pytest.mark.parametrize("where", [1, 2, 3])

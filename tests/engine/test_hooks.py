@@ -168,6 +168,57 @@ def test_activation_checkpointing(per_block, activation):
         assert_close(a, b)
 
 
+INSIDE = {
+    "layers": lambda: [fastdfa.Linear(5, 5, activation="tanh"), fastdfa.Linear(5, 5)],
+    "plain layers behind points": lambda: [
+        fastdfa.FeedbackPoint(), nn.Linear(5, 5), nn.Tanh(), fastdfa.FeedbackPoint(),
+        nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5),
+    ],
+    "a frozen layer": lambda: [
+        fastdfa.Linear(5, 5).requires_grad_(False), fastdfa.Linear(5, 5), fastdfa.Linear(5, 5),
+    ],
+    "two layers of one input": lambda: [Both(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)],
+}  # fmt: skip
+
+
+class Both(nn.Module):
+    """The sum of a frozen layer and another, which read the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = fastdfa.Linear(5, 5).requires_grad_(False), fastdfa.Linear(5, 5)
+
+    def forward(self, h):
+        return torch.tanh(self.one(h) + self.other(h))
+
+
+@pytest.mark.parametrize("cut", ["all", 2, ()])
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("inside", INSIDE)
+def test_a_checkpoint_cuts_again_where_the_forward_pass_did(inside, forwards, cut):
+    """With as many rows as columns: what is saved behind a cut is less than without one, and one
+    tensor taken for another of its shape would be no error."""
+    torch.manual_seed(0)
+    block = nn.Sequential(*INSIDE[inside]())
+    ends = fastdfa.Linear(5, 5), nn.Sequential(nn.Tanh(), fastdfa.Linear(5, 3))
+    options = {"cut": cut, "allow_bypass": True}
+    plain = fastdfa.DFA(nn.Sequential(ends[0], block, ends[1]).double(), RULE, **options)
+    model = fastdfa.DFA(Checkpointed(ends[0], block, ends[1]), RULE, **options)
+    found = []
+    for each in (plain, model):
+        each.zero_grad()
+        losses = [(each(k * X[:5]) * G[:5]).sum() for k in range(1, forwards + 1)]
+        sum(losses).backward()
+        found.append(list(gradients(each).values()))
+        with fastdfa.backprop(each):
+            each.zero_grad()
+            step(each, X[:5], G[:5])
+            found[-1] += gradients(each).values()
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b)
+
+
 def test_reentrant_checkpointing_is_right_or_refused():
     """It runs the block without gradients first, and again in backward, where no root is near."""
 

@@ -12,8 +12,9 @@ import fastdfa
 from .networks import RULE, gradients, randn
 
 FASTDFA = SimpleNamespace(
-    Linear=fastdfa.Linear, Conv2d=fastdfa.Conv2d, FeedbackPoint=fastdfa.FeedbackPoint
-)
+    Linear=fastdfa.Linear, Conv1d=fastdfa.Conv1d, Conv2d=fastdfa.Conv2d,
+    FeedbackPoint=fastdfa.FeedbackPoint,
+)  # fmt: skip
 
 
 # torch's own module for each name of an activation.
@@ -59,6 +60,18 @@ class Cuts(list):
 
     ended = False
     inputs: tuple = ()  # of the network, which are not cut
+    chosen = None  # the readers at whose inputs the network is cut, or all of them
+    kinds: tuple = ()  # of readers
+
+    def chosen_of(self, module, cut):
+        """Those of a module that a number says, every so many of them, or truth values in turn; a
+        first layer, with nothing before it, is none."""
+        readers = [inner for inner in module.modules() if isinstance(inner, self.kinds)]
+        trained = [inner for inner in module.modules() if list(inner.parameters(recurse=False))]
+        readers = readers[1:] if readers[:1] == trained[:1] else readers
+        if isinstance(cut, int):
+            return set(readers[cut - 1 :: cut])
+        return {reader for k, reader in enumerate(readers) if cut[k % len(cut)]}
 
     @property
     def tensors(self):
@@ -79,6 +92,8 @@ def by_hand(cuts=True):
 
     def cut(x, reader):
         if made.ended or any(x is given for given in made.inputs):
+            return x
+        if made.chosen is not None and reader not in made.chosen:
             return x
         if x.requires_grad and not any(x is seen for seen in made.tensors):
             made.append(Cut(x, reader))
@@ -105,8 +120,10 @@ def by_hand(cuts=True):
         def forward(self, x):
             return cut(x, self)
 
-    names = SimpleNamespace(Linear=layer(nn.Linear), Conv2d=layer(nn.Conv2d), FeedbackPoint=Point)
-    return names, made
+    bases = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d}
+    names = {name: layer(base) for name, base in bases.items()} | {"FeedbackPoint": Point}
+    made.kinds = tuple(names.values())
+    return SimpleNamespace(**names), made
 
 
 def mlp(of):

@@ -368,6 +368,20 @@ def test_activation_checkpointing_inside_a_block(workspace):
     same_steps(fastdfa.DFA(net.double(), feedback=RULE), loss_of((X,), G))
 
 
+def test_a_checkpoint_with_a_point_inside_is_refused():
+    """It would run layers again that are updated by then."""
+
+    class Block(nn.Sequential):
+        def forward(self, h):
+            return checkpoint(super().forward, h, use_reentrant=False)
+
+    layers = [fastdfa.Linear(5, 8), Block(fastdfa.Linear(8, 8), fastdfa.Linear(8, 8))]
+    model = fastdfa.DFA(nn.Sequential(*layers, fastdfa.Linear(8, 3)).double(), feedback=RULE)
+    step = fastdfa.StreamingStep(model, sgd(model.parameters()))
+    with pytest.raises(RuntimeError, match="a checkpoint has a feedback point inside"):
+        step(lambda: (model(X) * G).sum())
+
+
 def test_layers_compiled_one_by_one(workspace):
     model = build("resnet")
     for layer in model.module:

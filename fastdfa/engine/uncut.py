@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .nodes import Edge
-from .tape import Point, Tape, TrainedRoot
+from .tape import Point, Tape, TrainedRoot, moment
 
 # What a point's true gradient comes to: the point's number and the gradient. What it returns, if
 # anything, goes on in its place.
@@ -31,18 +31,19 @@ class UncutTape(Tape):
     ) -> None:
         super().__init__(root, inputs, tap)
         self.arrived = arrived
-        self.found: dict[int, tuple[Point, Tensor]] = {}  # by the id of a tensor, with its copy
+        self.found: dict[tuple[int, int], tuple[Point, Tensor]] = {}  # with its copy
 
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
         if any(x is given for given in self.inputs):
             return x
-        if id(x) not in self.found:
+        key = moment(x)
+        if key not in self.found:
             number, arrived = len(self.found), self.arrived
             # No view: modified in place, it would take the history of x round the hook.
             copy = x.clone()
             copy.register_hook(lambda gradient: arrived(number, gradient))
-            self.found[id(x)] = self.noted(layer, x, rows, features), copy
-        return self.found[id(x)][1]
+            self.found[key] = self.noted(layer, x, rows, features), copy
+        return self.found[key][1]
 
     def noted(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Point:
         """Returns the point that x would be."""

@@ -64,12 +64,12 @@ class _Convolution(CutLayer):
             x = self._padded(behind if uncut else input)
             behind, padding = (x if uncut else x.detach()), "valid"
         output = self._product(behind, padding)
+        note_reader(input, output)
         gate = gate_of(self)
         if gate is not None and input.dim() == self.weight.dim():
             output = gated(self, output, gate)
         elif self.activation is not None:
             output = self.activation(output)
-        note_reader(input, output)
         return output
 
     def _by_rule(self, x: Tensor, rule: LayerRule) -> Tensor:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastdfa
+from fastdfa.engine.bypass import _Graph
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -141,9 +142,7 @@ class Search:
             for v in self.blind:
                 assumed[v, point] |= v > point or self.values[point].kind == "parameter"
         seen = assumed.clone()
-        for v, value in enumerate(self.values):  # what has no gradient leaves no trace
-            if not self.grad[v]:
-                seen[v] = False
+        seen[~torch.tensor(self.grad)] = False  # what has no gradient leaves no trace
         self.bypasses = self._bypasses(self.uncut, seen)
         self.exact = self._bypasses(self.data, self.cut)
 
@@ -178,20 +177,19 @@ class Search:
 
     def _bypasses(self, onward, cut):
         """Every pair, of which the source is a point or the last value."""
-        through, uncut = closure(onward | cut), closure(self.uncut)
-        behind = (through.int() @ cut.int()) > 0  # [value, point]
+        uncut, through = closure(self.uncut), closure(onward | cut)
+        behind = through.float() @ cut.float() > 0  # [value, point]
+        trunk = uncut.float()
+        trunk[:, [value.kind in SOURCES for value in self.values]] = 0
+        wrong = uncut | (trunk @ trunk.T > 0) & behind
         last = len(self.values) - 1
         sources = [*self.points, *[last] * self.grad[last]]
         names = [*self.names, "the output"]
-        trunk = [v for v, value in enumerate(self.values) if value.kind not in SOURCES]
-        found = set()
-        for (s, source), (p, point) in product(enumerate(sources), enumerate(self.points)):
-            if s == p:
-                continue
-            meet = any(uncut[source, v] and uncut[point, v] for v in trunk)
-            if uncut[source, point] or (meet and behind[source, point]):
-                found.add((names[s], names[p]))
-        return found
+        return {
+            (names[s], names[p])
+            for (s, source), (p, point) in product(enumerate(sources), enumerate(self.points))
+            if s != p and wrong[source, point]
+        }
 
 
 def closure(relation):
@@ -235,3 +233,145 @@ def assert_found(values):
 @given(programs())
 def test_no_miss_and_no_false_alarm(values):
     assert_found(values)
+
+
+# What a refusal says ---------------------------------------------------------------------------
+
+
+class Inception(nn.Module):
+    """Branches that read h, and what pooling makes of it."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.point, self.b1, self.b2 = (
+            fastdfa.FeedbackPoint(),
+            of.Conv2d(4, 3, 1),
+            of.Conv2d(4, 1, 1),
+        )
+
+    def forward(self, h):
+        h = self.point(h) if self.mended else h
+        return torch.cat([self.b1(h), self.b2(nn.functional.max_pool2d(h, 3, 1, 1))], 1)
+
+
+class Residual(nn.Module):
+    """A skip connection round two layers in a row."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.point, self.norm = fastdfa.FeedbackPoint(), nn.BatchNorm2d(4)
+        self.inner = nn.Sequential(of.Conv2d(4, 4, 1), nn.Tanh(), of.Conv2d(4, 4, 1))
+
+    def forward(self, h):
+        h = self.point(h) if self.mended else h
+        return h + self.inner(self.norm(h))
+
+
+def stacked(block, of, mended=False):
+    """Two blocks inside a part of a network."""
+    stem, body = of.Conv2d(3, 4, 1), nn.Sequential(block(of), block(of))
+    for module in body:
+        module.mended = mended
+    return nn.Sequential(stem, body, nn.Flatten(), of.Linear(4 * 36, 5)).double()
+
+
+IMAGES = randn(2, 3, 6, 6)
+
+
+@pytest.mark.parametrize("block, what", [
+    (Inception, "branches of one tensor meet"), (Residual, "skip connection"),
+])  # fmt: skip
+def test_the_advice_names_the_block_and_mends_the_network(block, what):
+    with pytest.raises(RuntimeError, match=what) as error:
+        fastdfa.DFA(stacked(block, fastdfa), feedback=RULE)(IMAGES)
+    blocks = re.search(r"blocks=(\['[^']*'\])", str(error.value))[1]
+    assert blocks == "['1.0']"
+    by_block = fastdfa.convert(stacked(block, nn), blocks=["1.0", "1.1"], feedback=RULE)
+    by_block(IMAGES).sum().backward()
+    assert by_block.feedback_points == ["1.0", "1.1"]
+    mended = fastdfa.DFA(stacked(block, fastdfa, mended=True), feedback=RULE)
+    mended(IMAGES).sum().backward()
+    assert {"1.0.point", "1.1.point"} <= set(mended.feedback_points)
+    assert all(p.grad is not None for p in mended.module.parameters())
+
+
+def test_a_network_without_blocks_is_told_where_a_point_belongs():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (fastdfa.Linear(N, N) for _ in range(3))
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.c(h + self.b(h))
+
+    with pytest.raises(RuntimeError, match=r"FeedbackPoint where the two part.* 'b'") as error:
+        fastdfa.DFA(Flat().double(), feedback=RULE)(randn(3, N))
+    assert "blocks=" not in str(error.value)
+
+
+def test_blocks_of_parallel_branches_may_share_a_trunk():
+    """Neither point lies behind the other, though what reads behind them leaves no history."""
+
+    class Parallel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Conv2d(4, 3, 1), nn.Conv2d(4, 1, 1, bias=False)
+
+        def forward(self, h):
+            return torch.cat([self.left(h), self.right(h)], 1)
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), Parallel(), nn.Flatten(), nn.Linear(4 * 36, 5)).double()
+    model = fastdfa.convert(net, blocks=["1.left", "1.right"], feedback=RULE)
+    model(IMAGES).sum().backward()
+    assert model.feedback_points == ["1.left", "1.right"]
+
+
+def test_a_skip_round_a_frozen_layer_is_found():
+    """It leaves no history behind its cut."""
+    net = stacked(Residual, fastdfa)
+    net[1][0].inner.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"1\.0\.inner\.0"):
+        fastdfa.DFA(net, feedback=RULE)(IMAGES)
+
+
+# How long it takes ------------------------------------------------------------------------------
+
+
+class GRU(nn.Module):
+    """A cell of layers that cut; h passes by them, unless a point is there."""
+
+    def __init__(self, point):
+        super().__init__()
+        self.x, self.h = fastdfa.Linear(N, 3 * N), fastdfa.Linear(N, 3 * N)
+        self.head = fastdfa.Linear(N, 3)
+        self.point = fastdfa.FeedbackPoint() if point else nn.Identity()
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), N)
+        for step in x.unbind(1):
+            h = self.point(h)
+            (a, b, c), (d, e, f) = self.x(step).chunk(3, 1), self.h(h).chunk(3, 1)
+            z, r = torch.sigmoid(a + d), torch.sigmoid(b + e)
+            h = (1 - z) * torch.tanh(c + r * f) + z * h
+        return self.head(h)
+
+
+@pytest.mark.parametrize("point, options, accepted", [
+    (True, {}, True), (False, {"allow_bypass": True}, True), (False, {}, False),
+])  # fmt: skip
+def test_the_search_takes_as_long_as_the_sequence(point, options, accepted, monkeypatch):
+    """By the places that it looks at."""
+    looked, edges = [], _Graph.edges
+    monkeypatch.setattr(_Graph, "edges", lambda *args: looked.append(args) or edges(*args))
+    counts = []
+    for steps in (40, 80, 160):
+        looked.clear()
+        model = fastdfa.DFA(GRU(point).double(), feedback=RULE, **options)
+        if accepted:
+            model(randn(2, steps, N))
+        else:
+            with pytest.raises(RuntimeError, match="skip connection"):
+                model(randn(2, steps, N))
+        counts.append(len(looked))
+    assert counts[2] - counts[1] <= 2.05 * (counts[1] - counts[0]), counts

@@ -56,7 +56,7 @@ class _Convolution(CutLayer):
         if rule is not None:
             return self._by_rule(input, rule)
         behind = cut(self, input)
-        padding = self.padding
+        is_cut, padding = behind is not input, self.padding
         if self.padding_mode != "zeros":
             # Padded with its history, which is cut then: so the same tensors are saved as where an
             # activation checkpoint runs the layer again, uncut.
@@ -64,7 +64,8 @@ class _Convolution(CutLayer):
             x = self._padded(behind if uncut else input)
             behind, padding = (x if uncut else x.detach()), "valid"
         output = self._product(behind, padding)
-        note_reader(input, output)
+        if is_cut:
+            note_reader(input, output)
         gate = gate_of(self)
         if gate is not None and input.dim() == self.weight.dim():
             output = gated(self, output, gate)

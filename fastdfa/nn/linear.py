@@ -58,7 +58,8 @@ class Linear(CutLayer, nn.Linear):
         gate = None if torch.compiler.is_compiling() else gate_of(self)
         x = cut(self, input)
         output = linear(self, x) if gate is None else activated(self, x, gate)
-        note_reader(input, output)
+        if x is not input:
+            note_reader(input, output)
         if gate is None and self.activation is not None:
             output = self.activation(output)
         return output

@@ -38,6 +38,9 @@ class AnyPoint(Protocol):
     @property
     def edge(self) -> Any: ...
 
+    @property
+    def version(self) -> int | None: ...
+
 
 class Plan(NamedTuple):
     """Holds what a forward pass has in common with others of the same `key`."""

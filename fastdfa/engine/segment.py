@@ -160,13 +160,17 @@ def linear(layer: CutLayer, x: Tensor) -> Tensor:
         return F.linear(x, weight, bias)
     hooks = saved_tensor_hooks_active()
     on_tape = state.tape is not None and state.tape.gates
-    lowered = autocast_dtype(x)
-    if (hooks or on_tape) and (lowered is not None or x.dtype == weight.dtype):
+    if not (hooks or on_tape):
+        return F.linear(x, weight, bias)
+    low, cast = x, weight
+    if autocast_dtype(x) is not None:
         low, (cast,) = in_dtype_of_autocast(x, [weight])
-        if hooks or low.dtype != cast.dtype or pays(low, cast):
-            segment = Segment((Stage(layer, None, _NO_GATE),), False, ())
-            output: Tensor = SegmentNode.apply(segment, None, None, low, cast, bias)
-            return output
+    elif x.dtype != weight.dtype:  # which torch refuses in its own words
+        return F.linear(x, weight, bias)
+    if hooks or low.dtype != cast.dtype or pays(low, cast):
+        segment = Segment((Stage(layer, None, _NO_GATE),), False, ())
+        output: Tensor = SegmentNode.apply(segment, None, None, low, cast, bias)
+        return output
     return F.linear(x, weight, bias)
 
 

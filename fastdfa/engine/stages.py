@@ -359,8 +359,9 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Returns whether our own product of x and a weight saves more time than its node takes."""
-    wide = x.dtype != weight.dtype
-    return _large(x, weight.shape[0]) and products.multiplies(x, wide=wide)
+    if not _large(x, weight.size(0)):
+        return False
+    return products.multiplies(x, wide=x.dtype != weight.dtype)
 
 
 def _large(x: Tensor, outputs: int) -> bool:
@@ -379,6 +380,8 @@ def saved_tensor_hooks_active() -> bool:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Returns the dtype to which autocast casts the arguments of `F.linear`, where it does."""
+    if not torch._C._is_any_autocast_enabled():  # a tenth of what it takes to ask for a device
+        return None
     kind = x.device.type
     if x.dtype == torch.float64 or not _has_autocast(kind):
         return None

@@ -151,6 +151,7 @@ class Point(NamedTuple):
     rows: int | None  # leading dimensions that are rows, where the layer says so
     features: int | None  # the dimension of the features, where others are positions
     previous: Point | None
+    version: int | None = None  # of the tensor when it was cut; None in a traced layer
 
     @property
     def shape(self) -> torch.Size:
@@ -159,8 +160,13 @@ class Point(NamedTuple):
 
     @property
     def edge(self) -> GradientEdge:
-        """Returns where the feedback enters the graph of what is before the point."""
-        return get_gradient_edge(self.tensor)
+        """Returns where the feedback enters the graph of what is before the point, also where the
+        tensor was changed in place since."""
+        if self.run is not None or self.version in (None, self.tensor._version):
+            return get_gradient_edge(self.tensor)
+        token: Any = self.token.grad_fn
+        ((node, output),) = token.next_functions
+        return GradientEdge(node, output)
 
 
 _BEHIND_HOOKS: Any = BackwardHookFunction._backward_cls
@@ -199,11 +205,10 @@ class Tape:
         self.inputs = inputs  # tensors given to the root that require grad: never points
         self.points: Point | None = None  # the newest
         self.made: dict[int, tuple[Run, int]] = {}  # by the id of an output: its run and place
-        self.cut_before: set[int] = set()  # ids of tensors that are points, which the tape holds
+        self.cut_before: set[tuple[int, int]] = set()  # the `moment` of all that is a point
         self.known_edges: set[Edge] | None = None  # of the points, once one of them was `hooked`
-        self.readers: list[
-            tuple[Tensor, Edge | None]
-        ] = []  # a cut tensor, and what a layer made of it
+        # A tensor that was read, its version, and what a layer made of it.
+        self.readers: list[tuple[Tensor, int, Edge | None]] = []
         self.skipped: nn.Module | None = None  # a layer that was called with gradients disabled
         self.tap = tap  # the module at whose output the error is taken, and
         self.tapped: Tensor | None = None  # that output: nothing is cut after it
@@ -232,8 +237,9 @@ class Tape:
         """Returns whether x is a point already; it is one from now on."""
         if torch.compiler.is_compiling():  # what a traced layer tells twice is found at the end
             return self.points is not None and self.points.tensor is x
-        known = id(x) in self.cut_before
-        self.cut_before.add(id(x))
+        key = moment(x)
+        known = key in self.cut_before
+        self.cut_before.add(key)
         if self.known_edges is None and not hooked(x):
             return known
         if self.known_edges is None:
@@ -257,13 +263,16 @@ class Tape:
             run, place = found
             if self.looks_ahead and run.by_rows and place == len(run.outputs) - 1:
                 self.root.follows(run.layers[place], layer)
-            return Point(layer, x, run.token, run.receiver, run, place, rows, features, self.points)
+            token, receiver = run.token, run.receiver
+            return Point(
+                layer, x, token, receiver, run, place, rows, features, self.points, x._version
+            )
         if traced():
             token = HandedToken.apply(x, rows, features)
-            return Point(layer, x, token, None, None, 0, rows, features, self.points)
+            return Point(layer, x, token, None, None, 0, rows, features, self.points, None)
         receiver = Receiver()
         token = Token.apply(x, rows, features, receiver)
-        return Point(layer, x, token, receiver, None, 0, rows, features, self.points)
+        return Point(layer, x, token, receiver, None, 0, rows, features, self.points, x._version)
 
     def passed(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> None:
         """Notes that `layer` read x, which is no point, as no gradient is wanted for it."""
@@ -294,15 +303,16 @@ class Tape:
             return None
         run.called = after + 1
         if not self._is_point(x):
+            token, receiver, version = run.token, run.receiver, x._version
             self.points = Point(
-                layer, x, run.token, run.receiver, run, place, None, None, self.points
+                layer, x, token, receiver, run, place, None, None, self.points, version
             )
         return run.outputs[after]
 
     def read(self, x: Tensor, edge: Edge | None) -> None:
         """Notes that `edge`, where there is one, was computed from x behind its cut, for the search
         for bypasses."""
-        self.readers.append((x, edge))
+        self.readers.append((x, x._version, edge))
 
     def broadcast(self, plan: Any) -> Broadcast:
         """Returns what makes the feedback in the backward passes of this forward pass."""
@@ -362,9 +372,10 @@ class TracedTape(Tape):
 
 def _distinct(points: list[Point]) -> list[Point]:
     if not torch.compiler.is_compiling():
-        first: dict[int, Point] = {}
+        first: dict[tuple[int, int], Point] = {}
         for point in points:
-            first.setdefault(id(point.tensor), point)
+            x, version = point.tensor, point.version
+            first.setdefault((id(x), x._version if version is None else version), point)
         return list(first.values())
     # Not by id: compiled in pieces, a step guards its value and is compiled again each time.
     distinct: list[Point] = []
@@ -388,6 +399,12 @@ def behind_hooks(x: Tensor) -> Edge:
     while type(node) is _BEHIND_HOOKS:
         node, output = node.next_functions[output]
     return node, output
+
+
+def moment(x: Tensor) -> tuple[int, int]:
+    """Returns what tells a tensor, while it lives, from others and from itself before it was
+    changed in place."""
+    return id(x), x._version
 
 
 def watched(x: Tensor) -> bool:

@@ -14,6 +14,7 @@ from .. import activations, arguments
 from ..engine.layers import CutLayer
 from ..engine.segment import check_input, gate_of, gated, with_input_gradient
 from ..engine.tape import LayerRule, cut, note_reader, state
+from ..ops.tracing import wants_gradient
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -85,19 +86,22 @@ class _Convolution(CutLayer):
             output = gated(self, output, gate)
         elif self.activation is not None:
             output = self.activation(output)
-        note_reader(input, output)
         return output
 
     def _cut(self, input: Tensor) -> Tensor:
         """Returns the product, of an input that is cut."""
-        x, padding = cut(self, input), self.padding
+        x = cut(self, input)
+        is_cut, padding = x is not input, self.padding
         if self.padding_mode != "zeros":
             # Padded with its history, which is cut then: so the same tensors are saved as where an
             # activation checkpoint runs the layer again, uncut.
-            uncut = x.requires_grad
+            uncut = wants_gradient(x)
             x = self._padded(x if uncut else input)
             x, padding = (x if uncut else x.detach()), "valid"
-        return self._product(x, padding)
+        output = self._product(x, padding)
+        if is_cut:
+            note_reader(input, output)
+        return output
 
     def _by_rule(self, x: Tensor, rule: LayerRule) -> Tensor:
         """Returns the same, where the input gradient reads another matrix than the weight."""

@@ -67,16 +67,15 @@ class Linear(CutLayer, nn.Linear):
                 return output
             # A traced step has its products, and what stands behind them, from inductor.
             gate = None if torch.compiler.is_compiling() else gate_of(self)
-            if gate is not None:
-                output = activated(self, cut(self, input), gate)
-            else:
-                output = linear(self, cut(self, input))
+            x = cut(self, input)
+            output = linear(self, x) if gate is None else activated(self, x, gate)
         except Exception:
             check_input(self, input, self.weight)
             raise
+        if x is not input:
+            note_reader(input, output)
         if gate is None and self.activation is not None:
             output = self.activation(output)
-        note_reader(input, output)
         return output
 
     def _by_rule(self, x: Tensor, rule: LayerRule) -> Tensor:

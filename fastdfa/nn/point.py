@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..engine.layers import CutLayer
-from ..engine.tape import cut, state
+from ..engine.tape import cut, note_reader, state
 
 
 class FeedbackPoint(nn.Module):
@@ -51,16 +51,19 @@ class FeedbackPoint(nn.Module):
 
     def cut(self, layer: nn.Module, input: Tensor) -> Tensor:
         """Cuts the network at `input`; the point is named by `layer`."""
-        if self.features is None:
-            return cut(layer, input, self.rows)
-        rows = 1 if self.rows is None else self.rows
-        features = self.features + input.dim() * (self.features < 0)
-        if not rows <= features < input.dim():
-            raise ValueError(
-                f"features={self.features} must be a dimension of the input behind the {rows} that "
-                f"are rows, got shape {tuple(input.shape)}"
-            )
-        return cut(layer, input, rows, features)
+        rows, features = self.rows, self.features
+        if features is not None:
+            rows = 1 if rows is None else rows
+            features += input.dim() * (features < 0)
+            if not rows <= features < input.dim():
+                raise ValueError(
+                    f"features={self.features} must be a dimension of the input behind the {rows} "
+                    f"that are rows, got shape {tuple(input.shape)}"
+                )
+        behind = cut(layer, input, rows, features)
+        if behind is not input:
+            note_reader(input, behind)
+        return behind
 
     def extra_repr(self) -> str:
         given = {"rows": self.rows, "features": self.features}

@@ -57,7 +57,7 @@ class FirstPass(Tape):
         self.readings: list[Reading] = []
         self.output: Tensor | None = None  # a leaf: its gradient is the error
         self.schedule: Schedule | None = None
-        self._cut = WeakTensorKeyDictionary()  # the first reading of every point
+        self._cut = WeakTensorKeyDictionary()  # the latest reading that made each tensor a point
         self._ended: list[bool] = []
 
     @contextmanager
@@ -70,15 +70,21 @@ class FirstPass(Tape):
     @_eagerly
     def passed(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> None:
         super().passed(layer, x, rows, features)
-        self.readings.append(Reading(layer, blank(x), rows, features, None))
+        self.readings.append(Reading(layer, blank(x), rows, features, None, x._version))
 
     @_eagerly
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
-        edge = get_gradient_edge(x) if self.survey and x not in self._cut else None
-        self.readings.append(Reading(layer, blank(x), rows, features, edge))
-        if self.survey:
-            self._cut.setdefault(x, self.readings[-1])
+        new = self.survey and self._reading(x) is None
+        edge = get_gradient_edge(x) if new else None
+        self.readings.append(Reading(layer, blank(x), rows, features, edge, x._version))
+        if new:
+            self._cut[x] = self.readings[-1]
         return x.detach()
+
+    def _reading(self, x: Tensor) -> Reading | None:
+        """Returns the reading that made x a point, as x is now."""
+        first: Reading | None = self._cut.get(x)
+        return first if first is not None and first.version == x._version else None
 
     @_eagerly
     def unsaved(self, h: Tensor) -> Tensor:
@@ -90,8 +96,9 @@ class FirstPass(Tape):
         return h
 
     def read(self, x: Tensor, edge: Edge | None) -> None:
-        if x in self._cut:
-            self.readers.append((self._cut[x].tensor, edge))
+        first = self._reading(x)
+        if first is not None:
+            self.readers.append((first.tensor, first.version, edge))
 
     def end(self, y: Any) -> Tensor:
         check_output(y, self.root.output)
@@ -147,17 +154,17 @@ class UpdatingPass(Tape):
         self.due: list[int] = []  # sources whose turn has come
         self.complete: list[Tensor] = []  # parameters to update when these have sent
         self.sending = False  # whether a backward pass runs
-        self._cut = WeakTensorKeyDictionary()  # what was a point already
+        self._cut = WeakTensorKeyDictionary()  # what was a point already, and its version
 
     def read(self, x: Tensor, edge: Edge | None) -> None:
         pass  # nothing looks for bypasses
 
     @_eagerly
     def cut(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> Tensor:
-        if x not in self._cut:
+        if self._cut.get(x) != x._version:
             if self.sending:
                 raise RuntimeError(_RUN_AGAIN)
-            self._cut[x] = True
+            self._cut[x] = x._version
             number = self.reached
             self._reach(layer, feedback_shape(x, rows, features))
             self._plan(announced(self.point(layer, x, rows, features)), number)

@@ -24,6 +24,7 @@ class Reading(NamedTuple):
     rows: int | None
     features: int | None
     edge: Any  # a `GradientEdge`, where the feedback enters the graph, of a point; else None
+    version: int  # of what was read
 
     @property
     def shape(self) -> torch.Size:

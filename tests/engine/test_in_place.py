@@ -94,6 +94,39 @@ def test_a_change_of_what_a_layer_has_read_is_refused(activation):
         step(model, X, G)
 
 
+class Twice(nn.Module):
+    """Two layers read one tensor, which is changed in place between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = fastdfa.Linear(5, 6)
+        self.second, self.third = fastdfa.Linear(6, 6), fastdfa.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.first(x) * 1
+        h += self.second(h)
+        return self.third(h)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_tensor_that_is_changed_after_a_layer_has_read_it_is_another_point(streams):
+    """As one point, the second layer would get no gradient."""
+    model = fastdfa.DFA(Twice().double(), feedback=RULE)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    step = fastdfa.StreamingStep(model, optimizer) if streams else lambda loss: loss()
+    with pytest.raises(RuntimeError, match=r"the input of 'third' back to the input of 'second'"):
+        step(lambda: (model(X) * G).sum())
+
+
+def test_a_pass_that_runs_uncut_reads_what_was_changed():
+    net = Twice().double()
+    model = fastdfa.DFA(net, feedback=fastdfa.Feedback(seed=1, anchor=2), allow_bypass=True)
+    with torch.no_grad():
+        expected = net(X)
+    assert_close(model(X), expected)  # an anchor
+    assert_close(model(X), expected)
+
+
 def test_a_change_of_the_input_after_the_forward_is_refused(model):
     x = X.clone()
     loss = (model(x) * G).sum()

@@ -30,12 +30,9 @@ def check(
 
     Raises:
         RuntimeError: naming both ends of a path that reaches a point, or what is before it,
-            from a later one or from the output without passing a cut; or where layers hide in a
-            reentrant checkpoint, which runs them without a graph and later without a tape.
+            from a later one or from the output without passing a cut.
     """
     regions = _Regions(tape, points, y)
-    if tape.skipped is not None:
-        _check_reentrant(regions, tape.skipped)
     if not root.allow_bypass:
         _check_bypass(regions, [*names, "the output"])
     warn_above_the_last_point(root, regions.parameters)
@@ -122,15 +119,6 @@ def _check_bypass(regions: _Regions, names: Sequence[str]) -> None:
                 raise RuntimeError(_bypass_message(names[earlier], names[source]))
         for part in parts:
             owners.setdefault(part, []).append(source)
-
-
-def _check_reentrant(regions: _Regions, skipped: nn.Module) -> None:
-    nodes = {node for region in regions.reached for node, _ in region}
-    if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
-        raise RuntimeError(
-            f"{type(skipped).__name__} is inside a reentrant activation checkpoint, where it "
-            "cannot be cut: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-        )
 
 
 def _bypass_message(earlier: str, later: str) -> str:

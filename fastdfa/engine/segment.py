@@ -29,7 +29,7 @@ from .stages import (
     pays,
     saved_tensor_hooks_active,
 )
-from .tape import LayerRule, Run, Tape, state
+from .tape import LayerRule, Run, Tape, refuse_in_function, state
 
 _NO_GATE = Gate(IDENTITY)
 
@@ -205,7 +205,11 @@ def with_input_gradient(
 ) -> Tensor:
     """Returns y, what a layer has made of its detached input x; the gradient of that, where it
     needs one, is made with the rule's matrix in the place of the weight."""
-    if not (x.requires_grad and torch.is_grad_enabled()):
+    if not torch.is_grad_enabled():
+        if not torch.compiler.is_compiling():
+            refuse_in_function(layer)
+        return y
+    if not x.requires_grad:
         return y
     backward_weight = rule.backward_weight(layer)
     output: Tensor = InputGradient.apply(y, x, layer.weight, backward_weight, input_gradient)

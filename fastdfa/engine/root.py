@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from ..ops import capture
 from ..ops.typed import constant
-from .layers import CutLayer
+from .layers import CutLayer, NoScript
 
 # Parts that wrappers add to names; B must not depend on them.
 _OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
-class Root(nn.Module):
+class Root(NoScript):
     """Wraps `module`; `seed`, a buffer, is the one source of randomness of its feedback.
 
     Raises:

@@ -20,6 +20,7 @@ from ..activations import IDENTITY, Gate
 from .broadcast import Receiver
 from .layers import CutLayer
 from .nodes import GateNode, InputGradient, SegmentNode, samples_as_rows
+from .root import exporting
 from .stages import (
     Segment,
     Stage,
@@ -44,8 +45,10 @@ def ahead(layer: CutLayer, x: Tensor) -> Tensor | None:
 
 def gate_of(layer: CutLayer) -> Gate | None:
     """Returns the gate of a layer's activation, where the kernels run it: not on a tape of torch's
-    own functions."""
+    own functions, nor in an exported program, which is to run where there is no fastdfa."""
     if state.tape is not None and not state.tape.gates:
+        return None
+    if torch.compiler.is_compiling() and exporting():
         return None
     return activations.gate_of(layer.activation)
 

@@ -4,6 +4,7 @@ from . import matrices, ops, projectors, signals
 from .conversion import convert
 from .dfa import DFA, backprop
 from .diagnostics.alignment import alignment
+from .diagnostics.checking import check
 from .diagnostics.inspection import inspect
 from .diagnostics.monitor import AlignmentMonitor
 from .feedback.rule import PRESETS, Feedback
@@ -33,6 +34,7 @@ __all__ = [
     "alignment",
     "backprop",
     "build_info",
+    "check",
     "convert",
     "forward_gradient",
     "inspect",

@@ -22,6 +22,7 @@ from .engine.plan import names_of
 from .engine.planner import Planner
 from .engine.root import Root, exporting, roots_in
 from .engine.tape import Tape, TracedTape, state
+from .engine.witness import Readers, Witness
 from .feedback import rule as rules
 from .feedback.anchors import Anchors
 from .feedback.bank import Bank, Layout
@@ -84,13 +85,14 @@ class DFA(Root):
     """
 
     looks_ahead = True  # whether layers may be computed ahead of their calls, or without them
-    made_again = (*Root.made_again, "planner", "handing", "cut_at", "_after")
+    made_again = (*Root.made_again, "planner", "handing", "cut_at", "witness", "_after")
     settings = (
         "feedback", "cut", "output", "allow_bypass", "matrices", "projector", "learning",
         "compression",
     )  # fmt: skip
     compression: nn.Parameter | None
     conversion: Conversion  # of a root that `convert` has made
+    witness: Witness | None  # of its first backward passes, and None after these
 
     def __init__(
         self,
@@ -158,7 +160,7 @@ class DFA(Root):
                 target = take_target(self)
                 classes = plan.layout.classes
                 sender = sender_of(self, plan.layout, args[0].device, classes, target)
-                return whole.forward(network, plan, *args, sender)
+                return self._watched(whole.forward(network, plan, *args, sender), Readers((), ()))
         sharded = not traced() and sharding.watch_sharded_blocks(self.module)
         kind = TracedTape if torch.compiler.is_compiling() else Tape
         tape = kind(self, _inputs(args, kwargs), self.install_tap())
@@ -348,7 +350,16 @@ class DFA(Root):
 
     def finish(self, tape: Tape, y: Any) -> Any:
         """Returns y with the backward of DFA behind it; a tape calls it at its end."""
-        return finish(self, self.planner, tape, y)
+        y = finish(self, self.planner, tape, y)
+        if traced() or self.witness is None or type(tape) is not Tape:
+            return y
+        return self._watched(y, Readers([point.layer for point in tape.in_order()], tape.unfed))
+
+    def _watched(self, y: Tensor, readers: Readers) -> Tensor:
+        """Returns y, whose backward pass is watched where it is one of the first."""
+        if self.witness is not None and not self.witness.watch(self, y, readers):
+            self.witness = None
+        return y
 
     def columns(self, classes: int) -> int:
         """Returns the columns of what is projected, for an error of so many classes."""
@@ -401,6 +412,7 @@ class DFA(Root):
         self.bank.forget()
         self.planner.forget()
         self.cut_at = _cut_at(self.module, self._cut)
+        self.witness = Witness()
         self._after: dict[nn.Module, nn.Module | None] = {}
         for module in self._names:
             if type(module) is nn.Sequential:

@@ -112,7 +112,7 @@ def inspect(
         sources: list[_Source] = []
         output = _forward(model, args, kwargs, roots, sources)
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
-        reached, zero = _reached(_begin(output, loss), trained, sources)
+        reached, zero = _reached(beginning(output, loss), trained, sources)
     rows = tuple(_row(name, p, reached, name in zero) for name, p in parameters.items())
     nothing = [row.name for row in rows if row.source == "nothing" and not row.frozen]
     if nothing:
@@ -254,7 +254,7 @@ def _forward(
         state.instead = before
 
 
-def _begin(output: Any, loss: Callable[[Any], Any] | None) -> list[Tensor]:
+def beginning(output: Any, loss: Callable[[Any], Any] | None) -> list[Tensor]:
     """Returns the tensors at which the backward pass begins."""
     tensors = [x for x in _tensors(output if loss is None else loss(output)) if x.requires_grad]
     scalars = [x for x in tensors if x.dim() == 0]

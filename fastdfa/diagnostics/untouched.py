@@ -15,16 +15,18 @@ from ..engine.root import Root, roots_in
 
 
 @contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Lets the model run forward and backward, inside, by itself and not compiled; then puts back
-    its buffers and torch's random state."""
+def left_as_it_was(model: nn.Module, eagerly: bool = True) -> Iterator[None]:
+    """Lets the model run forward and backward, inside, by itself and not compiled unless it may;
+    then puts back its buffers and torch's random state."""
     tensors = [*model.parameters(), *model.buffers()]
     gpus = {x.device.index for x in tensors if x.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(sorted(gpus)))
         stack.enter_context(torch.inference_mode(False))  # enables gradients, too
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
+        if (
+            eagerly and "torch._dynamo" in sys.modules
+        ):  # else nothing is compiled, and the import takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(on_copies_of_buffers(model))
         yield
@@ -62,6 +64,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     wrapper = "module" if isinstance(model, nn.parallel.DistributedDataParallel) else "_orig_mod"
     inner: Any = getattr(model, wrapper, None)
     return model if inner is None else unwrapped(inner)
+
+
+def undistributed(model: nn.Module) -> nn.Module:
+    """Returns the model, compiled as it is, so that no process waits for another."""
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -55,13 +55,9 @@ def check(
     """Raises where a path leads round a cut; warns of what else would train unlike DFA.
 
     Raises:
-        RuntimeError: naming both ends of a way round a cut, and what mends it; or where layers
-            hide in a reentrant checkpoint, which runs them without a graph and later without a
-            tape.
+        RuntimeError: naming both ends of a way round a cut, and what mends it.
     """
     graph = _Graph(tape, points, y)
-    if tape.skipped is not None:
-        _check_reentrant(graph, tape.skipped)
     if not root.allow_bypass and graph.sources_meet():
         bypass = _find(graph)
         if bypass is not None:
@@ -249,15 +245,6 @@ def _trained_by(graph: _Graph, y: Tensor) -> list[Tensor]:
     starts = [] if y.grad_fn is None else [_edge(y)]
     nodes = [node for place in graph.reached(starts) for node, _ in graph.edges(place)]
     return [leaf for leaf in map(_leaf, nodes) if leaf is not None]
-
-
-def _check_reentrant(graph: _Graph, skipped: nn.Module) -> None:
-    nodes = (_node(place) for place in graph.reached(graph.sources) if not isinstance(place, int))
-    if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
-        raise RuntimeError(
-            f"{type(skipped).__name__} is inside a reentrant activation checkpoint, where it "
-            "cannot be cut: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-        )
 
 
 def _message(module: nn.Module, bypass: _Bypass, names: Sequence[str]) -> str:

@@ -1,14 +1,28 @@
-"""Holds the base of all layers that cut the network at their input."""
+"""Holds the base of all layers that cut the network at their input, and of all modules here."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 
-class CutLayer(nn.Module):
+class NoScript(nn.Module):
+    """Refuses TorchScript, which would drop the backward pass or fail in a file of ours."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            f"TorchScript cannot hold a {type(self).__name__}: use torch.export.export(model, "
+            "args), whose program needs no fastdfa, or torch.onnx.export(..., dynamo=True)"
+        )
+
+    # What torch calls in place of `forward` while it traces, and only then.
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self.__prepare_scriptable__()
+
+
+class CutLayer(NoScript):
     """Serves as the base of all layers that cut the network at their input, in a `DFA`."""
 
     in_segments = False  # whether it is fully connected, and may be computed without its call

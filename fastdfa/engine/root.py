@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import arguments
 from ..ops import capture
 from ..ops.typed import constant
-from .layers import CutLayer
+from .layers import CutLayer, NoScript
 
 # Parts that wrappers add to names; B must not depend on them.
 _OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -20,7 +20,7 @@ _OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module
 _stamps = itertools.count()
 
 
-class Root(nn.Module):
+class Root(NoScript):
     """Wraps `module`; `seed`, a buffer, is the one source of randomness of its feedback.
 
     Raises:

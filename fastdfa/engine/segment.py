@@ -21,7 +21,7 @@ from ..ops.tracing import traced, transformed
 from .broadcast import Receiver
 from .layers import CutLayer
 from .nodes import GateNode, InputGradient, SegmentNode, samples_as_rows
-from .root import names_in
+from .root import exporting, names_in
 from .stages import (
     Segment,
     Stage,
@@ -31,7 +31,7 @@ from .stages import (
     pays,
     saved_tensor_hooks_active,
 )
-from .tape import LayerRule, Run, Tape, state
+from .tape import LayerRule, Run, Tape, refuse_in_function, state
 
 _NO_GATE = Gate(IDENTITY)
 
@@ -46,8 +46,11 @@ def ahead(layer: CutLayer, x: Tensor) -> Tensor | None:
 
 def gate_of(layer: CutLayer) -> Gate | None:
     """Returns the gate of a layer's activation, where the kernels run it: not on a tape of torch's
-    own functions, nor where these are transformed."""
+    own functions, nor where these are transformed, nor in an exported program, which is to run
+    where there is no fastdfa."""
     if transformed() or (state.tape is not None and not state.tape.gates):
+        return None
+    if torch.compiler.is_compiling() and exporting():
         return None
     return activations.gate_of(layer.activation)
 
@@ -243,7 +246,11 @@ def with_input_gradient(
 ) -> Tensor:
     """Returns y, what a layer has made of its detached input x; the gradient of that, where it
     needs one, is made with the rule's matrix in the place of the weight."""
-    if not (x.requires_grad and torch.is_grad_enabled()):
+    if not torch.is_grad_enabled():
+        if not torch.compiler.is_compiling():
+            refuse_in_function(layer)
+        return y
+    if not x.requires_grad:
         return y
     backward_weight = rule.backward_weight(layer)
     output: Tensor = InputGradient.apply(y, x, layer.weight, backward_weight, input_gradient)

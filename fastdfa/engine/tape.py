@@ -6,9 +6,11 @@ they hold no reference to a root, and several threads and roots do not meet.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,6 +27,7 @@ from .broadcast import Broadcast, Receiver, under_way
 from .handed import HandedToken, Handing
 from .layers import CutLayer
 from .nodes import BackwardWeight, Edge, Token
+from .root import names_in
 from .stages import autocast_dtype, saved_tensor_hooks_active
 
 
@@ -209,7 +212,7 @@ class Tape:
         self.known_edges: set[Edge] | None = None  # of the points, once one of them was `hooked`
         # A tensor that was read, its version, and what a layer made of it.
         self.readers: list[tuple[Tensor, int, Edge | None]] = []
-        self.skipped: nn.Module | None = None  # a layer that was called with gradients disabled
+        self.unfed: list[nn.Module] = []  # layers that read what has no gradient
         self.tap = tap  # the module at whose output the error is taken, and
         self.tapped: Tensor | None = None  # that output: nothing is cut after it
 
@@ -275,9 +278,17 @@ class Tape:
         return Point(layer, x, token, receiver, None, 0, rows, features, self.points, x._version)
 
     def passed(self, layer: nn.Module, x: Tensor, rows: int | None, features: int | None) -> None:
-        """Notes that `layer` read x, which is no point, as no gradient is wanted for it."""
-        if not torch.is_grad_enabled():
-            self.skipped = layer
+        """Notes that `layer` read x, which is no point, as no gradient is wanted for it.
+
+        Raises:
+            RuntimeError: inside an autograd function, see `refuse_in_function`.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled():
+            self.unfed.append(layer)
+        else:
+            refuse_in_function(layer)
 
     def add(self, run: Run) -> None:
         """Puts a run on the tape, whose outputs may be read next."""
@@ -363,10 +374,10 @@ class TracedTape(Tape):
     """Serves passes that Dynamo traces, which (PyTorch 2.13) forgets what is written into an
     attribute after a tensor hook, but not what is written into a list."""
 
-    points, skipped, tapped = map(_element, range(3))
+    points, tapped = map(_element, range(2))
 
     def __init__(self, *args: Any) -> None:
-        self.written: list[Any] = [None] * 3
+        self.written: list[Any] = [None] * 2
         super().__init__(*args)
 
 
@@ -405,6 +416,32 @@ def moment(x: Tensor) -> tuple[int, int]:
     """Returns what tells a tensor, while it lives, from others and from itself before it was
     changed in place."""
     return id(x), x._version
+
+
+def refuse_in_function(layer: nn.Module) -> None:
+    """Raises a RuntimeError where a layer is called inside an autograd function, without a graph,
+    in the forward pass of a root.
+
+    That function will run it again in the backward pass, when no root is near, and so by true
+    gradients; or never, where nothing it reads has a gradient, as behind a cut. A reentrant
+    activation checkpoint is one, and so are those of libraries that have their own. Only the
+    frames of the stack tell that from a plain `torch.no_grad`.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            root: Any = state.layer_rule if state.tape is None else state.tape.root
+            name = names_in(root.module).get(layer, type(layer).__name__)
+            raise RuntimeError(
+                f"{name!r} is called without a graph, inside the autograd function "
+                f"{frame.f_locals['cls'].__name__}, and so would not be trained by feedback. If "
+                "that is a reentrant activation checkpoint, use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        frame = frame.f_back
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]  # a class method
 
 
 def watched(x: Tensor) -> bool:

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import arguments
-from ..engine.layers import CutLayer
+from ..engine.layers import CutLayer, NoScript
 from ..engine.tape import cut, note_reader, state
 
 
-class FeedbackPoint(nn.Module):
+class FeedbackPoint(NoScript):
     """Cuts the network where it stands, in a `DFA`; an identity otherwise.
 
     For a block whose inside is trained by local backprop: what follows, up to the next point or

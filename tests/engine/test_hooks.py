@@ -11,7 +11,6 @@ from helpers.networks import (
     expected_gradients,
     fresh,
     gradients,
-    mlp,
     step,
 )
 from torch import nn
@@ -217,33 +216,6 @@ def test_a_checkpoint_cuts_again_where_the_forward_pass_did(inside, forwards, cu
     for a, b in zip(*found, strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.allclose(a, b)
-
-
-def test_reentrant_checkpointing_is_right_or_refused():
-    """It runs the block without gradients first, and again in backward, where no root is near."""
-
-    class Reentrant(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = fastdfa.Linear(5, 8, activation="tanh")
-            self.block = nn.Sequential(*mlp([8, 7, 6]).module)
-            self.head = fastdfa.Linear(6, 3)
-
-        def forward(self, x):
-            return self.head(checkpoint(self.block, self.stem(x), use_reentrant=True))
-
-    model = fastdfa.DFA(Reentrant().double(), feedback=RULE)
-    try:
-        step(model, X, G)
-    except RuntimeError as error:
-        assert "reentrant" in str(error)
-        return
-    x = X
-    for layer, reader in ((model.module.stem, "block.0"), (model.module.block[0], "block.1")):
-        h = torch.tanh(x @ layer.weight.T + layer.bias).detach()
-        delta = G @ model.feedback_matrix(reader) * (1 - h * h)
-        assert_close(layer.weight.grad, delta.T @ x)
-        x = h
 
 
 def test_checkpointing_of_the_whole_model(model):

@@ -69,6 +69,10 @@ def inspected(model=None, loss=None):
     return fastdfa.inspect(fastdfa.DFA(network()) if model is None else model, loss=loss)
 
 
+def checked(model=None, loss=None):
+    return fastdfa.check(fastdfa.DFA(network()) if model is None else model, loss=loss)
+
+
 def streamed(model=None, optimizer=None):
     model = fastdfa.DFA(network()) if model is None else model
     return fastdfa.StreamingStep(model, sgd() if optimizer is None else optimizer)
@@ -136,6 +140,7 @@ TABLE = {
         {"model": NO_MODULE, "loss_fn": (*NO_FUNCTION, None), "gated": NO_FLAG,
          "weights": NO_FLAG}),
     "inspect": (inspected, {"model": (*NO_MODULE[:2], *NO_MODULE[3:]), "loss": NO_FUNCTION}),
+    "check": (checked, {"model": (*NO_MODULE[:2], *NO_MODULE[3:]), "loss": NO_FUNCTION}),
     "backprop": (lambda **given: fastdfa.backprop(**given).__enter__(), {"model": NO_MODULE}),
     "forward_gradient": (with_defaults(fastdfa.forward_gradient, x=0), {"model": NO_MODULE}),
     "Feedback": (fastdfa.Feedback, FEEDBACK),
@@ -198,7 +203,7 @@ OF_THE_ENGINE = {
     "activations.Gate", "activations.apply", "activations.gate_of", "activations.has_options",
     "activations.hooked",
     *(f"DFA.{name}" for name in ("run", "finish", "columns", "after", "follows", "install_tap",
-                                 "names_of_points")),
+                                 "names_of_points", "holds")),
     "LayerFeedback.backward_weight", "FeedbackPoint.cut", "Feedback.deviation", "Feedback.rows",
     "Feedback.stream",
 }  # fmt: skip

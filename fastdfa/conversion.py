@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Any, Literal, overload
+from typing import Any, TypeVar
 
 from torch import jit, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -15,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import activations
 from .dfa import DFA
+from .engine.inplace import enter
 from .engine.layers import CutLayer
 from .engine.root import Root
 from .feedback.rule import Feedback
@@ -25,6 +26,7 @@ from .nn.point import FeedbackPoint, check_no_backward_hooks
 __all__ = ["Conversion", "Fold", "convert"]
 
 Selector = type | str
+M = TypeVar("M", bound=nn.Module)
 
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, NonDynamicallyQuantizableLinear)
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -32,43 +34,8 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _RESIDUAL = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
-@overload
 def convert(
-    model: nn.Module,
-    feedback: Feedback | str | None = None,
-    output: str | None = None,
-    blocks: Selector | Sequence[Selector] | None = None,
-    *,
-    rule: Literal["dfa"] = "dfa",
-    point: FeedbackPoint | None = None,
-    fold: bool = True,
-    allow_bypass: bool = False,
-    allow_tied: bool = False,
-    cut: str | int | Sequence[str] = "all",
-) -> DFA: ...
-@overload
-def convert(
-    model: nn.Module,
-    *,
-    rule: Literal["fa", "usf", "frsf", "brsf", "backprop", "shallow"],
-    fold: bool = True,
-) -> LayerFeedback: ...
-@overload
-def convert(
-    model: nn.Module,
-    feedback: Feedback | str | None = None,
-    output: str | None = None,
-    blocks: Selector | Sequence[Selector] | None = None,
-    *,
-    rule: str,
-    point: FeedbackPoint | None = None,
-    fold: bool = True,
-    allow_bypass: bool = False,
-    allow_tied: bool = False,
-    cut: str | int | Sequence[str] = "all",
-) -> DFA | LayerFeedback: ...
-def convert(
-    model: nn.Module,
+    model: M,
     feedback: Feedback | str | None = None,
     output: str | None = None,
     blocks: Selector | Sequence[Selector] | None = None,
@@ -79,7 +46,7 @@ def convert(
     allow_bypass: bool = False,
     allow_tied: bool = False,
     cut: str | int | Sequence[str] = "all",
-) -> DFA | LayerFeedback:
+) -> M:
     """Makes a network of torch's own modules train by direct feedback alignment, or another rule.
 
     Without `blocks`, every `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` becomes fastdfa's, which cuts
@@ -148,13 +115,17 @@ def convert(
     except (TypeError, ValueError):
         conversion.undo()
         raise
+    return _in_place(model, root, conversion)
+
+
+def _in_place(model: M, root: DFA | LayerFeedback, conversion: Conversion) -> M:
     root.conversion = conversion
-    return root
+    root.settle_in(model)
+    enter(model, root)
+    return model
 
 
-def _convert_by_layer(
-    model: nn.Module, rule: str, fold: bool, no_others: dict[str, Any]
-) -> LayerFeedback:
+def _convert_by_layer(model: M, rule: str, fold: bool, no_others: dict[str, Any]) -> M:
     """Converts for a rule of `LayerFeedback`.
 
     `no_others` are arguments that only a `DFA` takes, None where not given.
@@ -171,8 +142,7 @@ def _convert_by_layer(
     root = LayerFeedback(model, "backprop" if rule == "shallow" else rule)
     if rule == "shallow":
         conversion.freeze_all_but_the_last()
-    root.conversion = conversion
-    return root
+    return _in_place(model, root, conversion)
 
 
 # What is to change.

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from .engine import sharding, whole
 from .engine.anchor import AnchorTape
 from .engine.finish import ONE_ERROR, finish, low_of, sender_of, take_target
+from .engine.inplace import class_of
 from .engine.plan import names_of
 from .engine.planner import Planner
 from .engine.root import Root, exporting
@@ -82,6 +83,10 @@ class DFA(Root):
 
     looks_ahead = True  # whether layers may be computed ahead of their calls, or without them
     made_again = (*Root.made_again, "planner", "cut_at", "_after")
+    settable = ("feedback", "cut", "target", "allow_bypass")
+    passed_on = (*Root.passed_on, *settable, "output", "matrices", "projector", "compression",
+                 "explained", "feedback_points", "learn_feedback", "learning", "anchors", "bank",
+                 "planner", "looks_ahead")  # fmt: skip
     compression: nn.Parameter | None
     conversion: Conversion  # of a root that `convert` has made
 
@@ -135,7 +140,7 @@ class DFA(Root):
         self.follow_modules()
         plain = not torch.is_grad_enabled() or exporting()
         if plain or any(self is root for root in state.true_gradients):
-            return self.module(*args, **kwargs)
+            return self.network(*args, **kwargs)
         if state.instead and self in state.instead:
             return state.instead[self](args, kwargs)
         if self.anchors is not None and self._is_anchor(self.anchors):
@@ -177,7 +182,7 @@ class DFA(Root):
         """Returns the module's output, of a forward pass that writes on this tape."""
         state.tape = tape
         try:
-            y = self.module(*args, **kwargs)
+            y = self.network(*args, **kwargs)
         finally:
             state.tape = None
         if self.output is None:
@@ -385,7 +390,7 @@ class DFA(Root):
         self.cut_at = _cut_at(self.module, self._cut)
         self._after: dict[nn.Module, nn.Module | None] = {}
         for module in self._names:
-            if type(module) is nn.Sequential:
+            if class_of(module) is nn.Sequential:
                 inside = [m for m in module if type(m) is not nn.Identity]
                 self._after.update(pairwise(inside))
 

@@ -90,6 +90,7 @@ class LayerFeedback(Root):
     """
 
     made_again = (*Root.made_again, "_matrices")
+    passed_on = (*Root.passed_on, "rule", "scale", "backward_weight")
     conversion: Conversion  # of a root that `convert` has made
     _matrices: dict[tuple[Any, ...], Tensor]
 
@@ -123,10 +124,10 @@ class LayerFeedback(Root):
         self.follow_modules()
         plain = self.rule == "backprop" or any(self is root for root in state.true_gradients)
         if plain or not torch.is_grad_enabled() or exporting():
-            return self.module(*args, **kwargs)
+            return self.network(*args, **kwargs)
         state.layer_rule = self
         try:
-            return self.module(*args, **kwargs)
+            return self.network(*args, **kwargs)
         finally:
             state.layer_rule = None
 

@@ -13,6 +13,7 @@ from ..feedback.bank import Layout, Settled, Size
 from ..ops.typed import constant
 from . import bypass, plan, whole
 from .broadcast import Alike, Drawn, Product
+from .inplace import class_of
 from .plan import Plan
 from .tape import Point, Tape, TrainedRoot
 from .whole import Whole
@@ -105,7 +106,7 @@ class Planner:
 
     def whole(self, root: TrainedRoot, x: Any) -> PlannedWhole | None:
         """Returns the network of a root, where it is one segment for such an input."""
-        if type(root.module) is not nn.Sequential or not whole.runs_alone(x):
+        if class_of(root.module) is not nn.Sequential or not whole.runs_alone(x):
             return None
         found = self._whole
         if found is None or not whole.still_holds(found.whole, x):

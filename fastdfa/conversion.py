@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import jit, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -26,7 +26,6 @@ from .nn.point import FeedbackPoint, check_no_backward_hooks
 __all__ = ["Conversion", "Fold", "convert"]
 
 Selector = type | str
-M = TypeVar("M", bound=nn.Module)
 
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, NonDynamicallyQuantizableLinear)
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -35,7 +34,7 @@ _RESIDUAL = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def convert(
-    model: M,
+    model: nn.Module,
     feedback: Feedback | str | None = None,
     output: str | None = None,
     blocks: Selector | Sequence[Selector] | None = None,
@@ -46,7 +45,7 @@ def convert(
     allow_bypass: bool = False,
     allow_tied: bool = False,
     cut: str | int | Sequence[str] = "all",
-) -> M:
+) -> Any:  # `model`, which has the root's attributes as well, as no type says
     """Makes a network of torch's own modules train by direct feedback alignment, or another rule.
 
     Without `blocks`, every `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` becomes fastdfa's, which cuts
@@ -118,14 +117,16 @@ def convert(
     return _in_place(model, root, conversion)
 
 
-def _in_place(model: M, root: DFA | LayerFeedback, conversion: Conversion) -> M:
+def _in_place(model: nn.Module, root: DFA | LayerFeedback, conversion: Conversion) -> nn.Module:
     root.conversion = conversion
     root.settle_in(model)
     enter(model, root)
     return model
 
 
-def _convert_by_layer(model: M, rule: str, fold: bool, no_others: dict[str, Any]) -> M:
+def _convert_by_layer(
+    model: nn.Module, rule: str, fold: bool, no_others: dict[str, Any]
+) -> nn.Module:
     """Converts for a rule of `LayerFeedback`.
 
     `no_others` are arguments that only a `DFA` takes, None where not given.

@@ -83,10 +83,10 @@ class DFA(Root):
 
     looks_ahead = True  # whether layers may be computed ahead of their calls, or without them
     made_again = (*Root.made_again, "planner", "cut_at", "_after")
-    settable = ("feedback", "cut", "target", "allow_bypass")
+    settable = ("feedback", "cut", "target", "allow_bypass", "looks_ahead")
     passed_on = (*Root.passed_on, *settable, "output", "matrices", "projector", "compression",
                  "explained", "feedback_points", "learn_feedback", "learning", "anchors", "bank",
-                 "planner", "looks_ahead")  # fmt: skip
+                 "planner")  # fmt: skip
     compression: nn.Parameter | None
     conversion: Conversion  # of a root that `convert` has made
 
@@ -391,7 +391,7 @@ class DFA(Root):
         self._after: dict[nn.Module, nn.Module | None] = {}
         for module in self._names:
             if class_of(module) is nn.Sequential:
-                inside = [m for m in module if type(m) is not nn.Identity]
+                inside = [m for m in module.children() if type(m) is not nn.Identity]
                 self._after.update(pairwise(inside))
 
     def _reset(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..dfa import DFA
+from ..engine.inplace import NAME, InPlace
 from ..engine.root import Root
 
 
@@ -67,7 +68,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters by the names that `inspect` gives them: those of points begin inside
     the wrapped module."""
-    return dict((model.module if isinstance(model, Root) else model).named_parameters())
+    network = model.module if isinstance(model, Root) else model
+    inside = [module.fastdfa for module in model.modules() if isinstance(module, InPlace)]
+    of_roots = {id(parameter) for root in inside for parameter in root.parameters()}
+    return {name: p for name, p in network.named_parameters() if id(p) not in of_roots}
 
 
 def roots_of(model: nn.Module) -> dict[str, DFA]:
@@ -76,7 +80,8 @@ def roots_of(model: nn.Module) -> dict[str, DFA]:
     Raises:
         ValueError: for a model without one, or sharded by `fully_shard`.
     """
-    roots = {name: module for name, module in model.named_modules() if isinstance(module, DFA)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, DFA)}
+    roots = {name.removesuffix(NAME).removesuffix("."): root for name, root in found.items()}
     if not roots:
         raise ValueError(f"model must hold a fastdfa.DFA, got {type(model).__name__} without one")
     sharded = [name for name, x in model.named_parameters() if type(x.data).__name__ == "DTensor"]

@@ -1,4 +1,4 @@
-"""Makes a module a root itself, as `fully_shard` does: the same object, of a class made from its own."""
+"""Makes a module a root itself, the same object of another class, as `fully_shard` does."""
 
 from __future__ import annotations
 
@@ -31,8 +31,13 @@ class InPlace(nn.Module):
         name = f"{prefix}.{NAME}" if prefix else NAME
         yield from self.fastdfa.named_modules(memo, name, remove_duplicate)
 
+    def train(self, mode: bool = True) -> InPlace:
+        super().train(mode)
+        self.fastdfa.train(mode)
+        return self
+
     def _apply(self, fn: Any, recurse: bool = True) -> InPlace:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves out its types
         self.fastdfa._apply(fn)
         return self
 
@@ -73,7 +78,8 @@ class InPlace(nn.Module):
 
     # The class cannot be found by its name: copies and pickles make it anew.
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, args, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, args, *rest = reduced
         if not is_made(self):  # another has changed the class since
             return (make, args, *rest)
         args = tuple(self.plain_class if arg is type(self) else arg for arg in args)
@@ -84,13 +90,15 @@ class InPlace(nn.Module):
         self.fastdfa.settle_in(self)
 
 
-def enter(module: nn.Module, root: nn.Module) -> None:
+def enter(module: nn.Module, root: Any) -> None:
     """Makes a module one of which `root` is the root: calls of it are the root's."""
     if "forward" in vars(module):  # as accelerate sets it on an object
         vars(module)["plain_forward"] = vars(module).pop("forward")
-    vars(module)[NAME] = root
+    vars(module)[NAME] = root.train(module.training)
     passed = tuple(name for name in type(root).passed_on if not hasattr(module, name))
-    module.__class__ = _made(type(module), type(root), passed)
+    kind: Any = type(module)
+    of_root: Any = type(root)
+    module.__class__ = _made(kind, of_root, passed)
 
 
 def leave(module: nn.Module) -> None:
@@ -107,19 +115,19 @@ def is_made(module: nn.Module) -> bool:
     return "plain_class" in vars(type(module))
 
 
-def class_of(module: nn.Module) -> type:
+def class_of(module: Any) -> Any:
     """Returns the class of a module, or that which it would have if it were no root."""
-    kind: type = type(module)
-    return vars(kind).get("plain_class", kind)
+    kind = type(module)
+    return kind.__dict__["plain_class"] if is_made(module) else kind
 
 
 def own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields the names and modules in a network, but not the root that it may be itself."""
-    return nn.Module.named_modules(module)
+    yield from nn.Module.named_modules(module)
 
 
 @functools.cache
-def _made(kind: type[nn.Module], of_root: Any, passed: tuple[str, ...]) -> Any:
+def _made(kind: Any, of_root: Any, passed: tuple[str, ...]) -> Any:
     """Returns the class of modules of some kind that are roots."""
 
     # Not what else is in the function's __dict__, such as the marks of torch.compile.

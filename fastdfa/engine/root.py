@@ -18,8 +18,9 @@ _OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module
 
 
 class Root(nn.Module):
-    """Wraps `module`, or stands behind one that is a root itself; `seed`, a buffer, is the one source
-    of randomness of its feedback.
+    """Wraps `module`, or stands behind one that is a root itself.
+
+    `seed`, a buffer, is the one source of randomness of its feedback.
 
     Raises:
         TypeError, ValueError: for what is no module, or holds a root already.

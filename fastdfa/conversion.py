@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Any, Literal, overload
+from typing import Any
 
 from torch import jit, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -15,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import activations, arguments
 from .dfa import DFA
+from .engine.inplace import enter
 from .engine.layers import CutLayer
 from .engine.root import Root
 from .feedback.rule import Feedback
@@ -32,41 +33,6 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _RESIDUAL = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
-@overload
-def convert(
-    model: nn.Module,
-    feedback: Feedback | str | None = None,
-    output: str | None = None,
-    blocks: Selector | Sequence[Selector] | None = None,
-    *,
-    rule: Literal["dfa"] = "dfa",
-    point: FeedbackPoint | None = None,
-    fold: bool = True,
-    allow_bypass: bool = False,
-    allow_tied: bool = False,
-    cut: str | int | Sequence[str] = "all",
-) -> DFA: ...
-@overload
-def convert(
-    model: nn.Module,
-    *,
-    rule: Literal["fa", "usf", "frsf", "brsf", "backprop", "shallow"],
-    fold: bool = True,
-) -> LayerFeedback: ...
-@overload
-def convert(
-    model: nn.Module,
-    feedback: Feedback | str | None = None,
-    output: str | None = None,
-    blocks: Selector | Sequence[Selector] | None = None,
-    *,
-    rule: str,
-    point: FeedbackPoint | None = None,
-    fold: bool = True,
-    allow_bypass: bool = False,
-    allow_tied: bool = False,
-    cut: str | int | Sequence[str] = "all",
-) -> DFA | LayerFeedback: ...
 def convert(
     model: nn.Module,
     feedback: Feedback | str | None = None,
@@ -79,7 +45,7 @@ def convert(
     allow_bypass: bool = False,
     allow_tied: bool = False,
     cut: str | int | Sequence[str] = "all",
-) -> DFA | LayerFeedback:
+) -> Any:  # `model`, which has the root's attributes as well, as no type says
     """Makes a network of torch's own modules train by direct feedback alignment, or another rule.
 
     Without `blocks`, every `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` becomes fastdfa's, which cuts
@@ -150,13 +116,19 @@ def convert(
     except (TypeError, ValueError):
         conversion.undo()
         raise
+    return _in_place(model, root, conversion)
+
+
+def _in_place(model: nn.Module, root: DFA | LayerFeedback, conversion: Conversion) -> nn.Module:
     root.conversion = conversion
-    return root
+    root.settle_in(model)
+    enter(model, root)
+    return model
 
 
 def _convert_by_layer(
     model: nn.Module, rule: str, fold: bool, no_others: dict[str, Any]
-) -> LayerFeedback:
+) -> nn.Module:
     """Converts for a rule of `LayerFeedback`.
 
     `no_others` are arguments that only a `DFA` takes, None where not given.
@@ -173,8 +145,7 @@ def _convert_by_layer(
     root = LayerFeedback(model, "backprop" if rule == "shallow" else rule)
     if rule == "shallow":
         conversion.freeze_all_but_the_last()
-    root.conversion = conversion
-    return root
+    return _in_place(model, root, conversion)
 
 
 # What is to change.

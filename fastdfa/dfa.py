@@ -18,6 +18,7 @@ from .engine import sharding, whole
 from .engine.anchor import AnchorTape
 from .engine.finish import ONE_ERROR, finish, low_of, sender_of, take_target
 from .engine.handed import Handing
+from .engine.inplace import class_of
 from .engine.plan import names_of
 from .engine.planner import Planner
 from .engine.root import Root, exporting, roots_in
@@ -90,6 +91,10 @@ class DFA(Root):
         "feedback", "cut", "output", "allow_bypass", "matrices", "projector", "learning",
         "compression",
     )  # fmt: skip
+    settable = ("feedback", "cut", "target", "allow_bypass", "looks_ahead")
+    passed_on = (*Root.passed_on, *settable, "output", "matrices", "projector", "compression",
+                 "explained", "feedback_points", "learn_feedback", "learning", "anchors", "bank",
+                 "planner")  # fmt: skip
     compression: nn.Parameter | None
     conversion: Conversion  # of a root that `convert` has made
     witness: Witness | None  # of its first backward passes, and None after these
@@ -146,7 +151,7 @@ class DFA(Root):
         self.follow_modules()
         plain = not torch.is_grad_enabled() or exporting()
         if plain or any(self is root for root in state.true_gradients):
-            return self.module(*args, **kwargs)
+            return self.network(*args, **kwargs)
         if transformed():
             check_or_untrace()
         if state.instead and self in state.instead:
@@ -191,7 +196,7 @@ class DFA(Root):
         """Returns the module's output, of a forward pass that writes on this tape."""
         state.tape = tape
         try:
-            y = self.module(*args, **kwargs)
+            y = self.network(*args, **kwargs)
         finally:
             state.tape = None
         if self.output is None:
@@ -415,8 +420,8 @@ class DFA(Root):
         self.witness = Witness()
         self._after: dict[nn.Module, nn.Module | None] = {}
         for module in self._names:
-            if type(module) is nn.Sequential:
-                inside = [m for m in module if type(m) is not nn.Identity]
+            if class_of(module) is nn.Sequential:
+                inside = [m for m in module.children() if type(m) is not nn.Identity]
                 self._after.update(pairwise(inside))
 
     def _reset(self) -> None:

@@ -95,6 +95,7 @@ class LayerFeedback(Root):
 
     made_again = (*Root.made_again, "_matrices", "_sites")
     settings = ("rule", "scale")
+    passed_on = (*Root.passed_on, "rule", "scale", "backward_weight")
     conversion: Conversion  # of a root that `convert` has made
     _matrices: dict[tuple[Any, ...], Tensor]
 
@@ -127,7 +128,7 @@ class LayerFeedback(Root):
         self.follow_modules()
         plain = self.rule == "backprop" or any(self is root for root in state.true_gradients)
         if plain or not torch.is_grad_enabled() or exporting():
-            return self.module(*args, **kwargs)
+            return self.network(*args, **kwargs)
         if transformed():
             raise RuntimeError(
                 "a LayerFeedback was called inside a transform of torch.func, which it does not "
@@ -135,7 +136,7 @@ class LayerFeedback(Root):
             )
         state.layer_rule = self
         try:
-            return self.module(*args, **kwargs)
+            return self.network(*args, **kwargs)
         finally:
             state.layer_rule = None
 

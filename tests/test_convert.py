@@ -47,18 +47,23 @@ def by_definition(plain, model, x, g, before=(), behind=()):
     return gradients(plain)
 
 
+def without_root(model):
+    """The state of what was converted, without that of the root."""
+    return {k: v for k, v in model.state_dict().items() if not k.startswith("fastdfa.")}
+
+
 def check(plain, x, before=(), behind=(), **options):
     """Converts a copy; its outputs, names and gradients must be right. Returns it."""
     plain = plain.double()
     net = copy.deepcopy(plain)
     parameters = list(net.parameters())
     model = fastdfa.convert(net, RULE, **options)
-    assert model.module is net
+    assert model is net and isinstance(net, type(plain))
     assert [a is b for a, b in zip(net.parameters(), parameters, strict=True)]
-    assert list(net.state_dict()) == list(plain.state_dict())
+    assert [*net.state_dict()] == ["fastdfa.seed", *plain.state_dict()]
     assert [n for n, _ in net.named_parameters()] == [n for n, _ in plain.named_parameters()]
     y = plain(x)
-    plain.load_state_dict(net.state_dict())  # the pass above moved the statistics of batch norms
+    plain.load_state_dict(without_root(net))  # the pass above moved the statistics of batch norms
     g = randn(*y.shape, seed=5)
     assert_close(step(model, x, g), y)
     assert_close(gradients(model), by_definition(plain, model, x, g, before, behind))
@@ -143,7 +148,7 @@ class Recurrent(nn.Module):
 def test_mlp():
     model = check(mlp(), randn(6, 5), before=["2", "4"])
     assert model.feedback_points == ["2", "4"]
-    assert [type(m) for m in model.module] == [
+    assert [type(m) for m in model] == [
         fastdfa.Linear, nn.Identity, fastdfa.Linear, nn.Identity, fastdfa.Linear,
     ]  # fmt: skip
 
@@ -151,7 +156,7 @@ def test_mlp():
 def test_cnn():
     model = check(cnn(), IMAGES, before=["2", "6", "9"])
     assert model.feedback_points == ["2", "6", "9"]
-    assert {n for n, m in model.module.named_children() if isinstance(m, nn.Identity)} == {"1", "7"}
+    assert {n for n, m in model.named_children() if isinstance(m, nn.Identity)} == {"1", "7"}
 
 
 def test_conv1d():
@@ -215,7 +220,7 @@ def test_a_skip_connection_is_refused_and_blocks_are_the_way_out():
 def test_a_model_that_is_one_layer():
     net = nn.Linear(5, 3).double()
     model = fastdfa.convert(net, RULE)
-    assert model.module is net and type(net) is fastdfa.Linear
+    assert model is net and isinstance(net, fastdfa.Linear)
     step(model, randn(6, 5), randn(6, 3))
     assert_close(net.weight.grad, randn(6, 3).T @ randn(6, 5))
 
@@ -255,8 +260,10 @@ def test_dtype_and_meta_device():
 def test_a_checkpoint_of_the_plain_model_loads():
     saved = mlp().state_dict()
     model = fastdfa.convert(mlp())
-    model.module.load_state_dict(saved)
-    assert_close(dict(model.module.state_dict()), dict(saved))
+    seed = model.seed.clone()
+    model.load_state_dict(saved)
+    assert_close(without_root(model), dict(saved))
+    assert torch.equal(model.seed, seed)
 
 
 class Adapter(nn.Linear):
@@ -362,7 +369,7 @@ def test_which_activations_are_folded(case):
 
 def test_fold_false():
     model = check(mlp(), randn(6, 5), before=["2", "4"], fold=False)
-    assert model.conversion.folds == {} and type(model.module[1]) is nn.Tanh
+    assert model.conversion.folds == {} and type(model[1]) is nn.Tanh
 
 
 @pytest.mark.filterwarnings("ignore:the output is a Sigmoid")
@@ -469,7 +476,7 @@ def test_hooks_from_before_see_the_output_as_it_was():
 def test_a_backward_hook_that_would_never_fire_is_refused_later_too():
     model = fastdfa.convert(nested().double(), RULE, blocks=["0", "1"])
     model(randn(6, 5))
-    with_backward_hook(model.module[1])
+    with_backward_hook(model[1])
     with pytest.raises(ValueError, match="'Sequential' has backward hooks"):
         model(randn(6, 5))
 
@@ -565,7 +572,7 @@ def test_copies_and_pickles(name, copied):
     assert_close(gradients(twin), gradients(model))
     assert repr(twin.conversion) == repr(model.conversion)
     twin.conversion.undo()
-    assert type(twin.module) is MODELS[name][0] or type(twin.module) is nn.Sequential
+    assert type(twin) is MODELS[name][0] or type(twin) is nn.Sequential
     assert not any(isinstance(m, (fastdfa.Linear, fastdfa.Conv2d)) for m in twin.modules())
     assert model(x).grad_fn is not None and model.feedback_points
 
@@ -628,18 +635,22 @@ def test_it_tells_what_it_changed():
 def test_undo(name):
     make, x, options = MODELS[name]
     net = make().double()
-    before, modules = repr(net), list(net.modules())
+    before, before_keys, modules = repr(net), net.state_dict().keys(), list(net.modules())
     model = fastdfa.convert(net, RULE, **options)
-    assert model.conversion.undo() is net
+    conversion = model.conversion
+    assert (
+        conversion.undo() is net
+        and type(net) is type(make())
+        and model.state_dict().keys() == before_keys
+    )
     assert repr(net) == before and all(map(lambda a, b: a is b, net.modules(), modules))
     plain = make().double()
     plain.load_state_dict(net.state_dict())
     plain(x).sum().backward()
     net(x).sum().backward()
     assert_close(gradients(net), gradients(plain))
-    if model.conversion.layers:
-        with pytest.raises(RuntimeError, match="no longer as convert made it"):
-            model.conversion.undo()
+    with pytest.raises(RuntimeError, match="no longer as convert made it"):
+        conversion.undo()
 
 
 # Tied parameters -----------------------------------------------------------------------------

@@ -62,8 +62,9 @@ from fastdfa.conversion import Conversion
 from fastdfa.diagnostics import Alignment, Inspection
 
 def train(network: nn.Module, x: Tensor, y: Tensor) -> None:
-    model: fastdfa.DFA = fastdfa.convert(network)
-    other: fastdfa.LayerFeedback = fastdfa.convert(network, rule="fa")
+    model = fastdfa.convert(network)
+    root: fastdfa.DFA = model.fastdfa
+    other: nn.Module = fastdfa.convert(network, rule="fa")
     change: Conversion = model.conversion
     measured: Alignment = fastdfa.alignment(model, nn.functional.mse_loss, x, y)
     found: Inspection = fastdfa.inspect(other, x)

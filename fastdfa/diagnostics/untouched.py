@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..dfa import DFA
+from ..engine.inplace import NAME, InPlace
 from ..engine.root import Root, roots_in
 
 
@@ -76,7 +77,10 @@ def undistributed(model: nn.Module) -> nn.Module:
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters by the names that `inspect` gives them: those of points begin inside
     the wrapped module."""
-    return dict((model.module if isinstance(model, Root) else model).named_parameters())
+    network = model.module if isinstance(model, Root) else model
+    inside = [module.fastdfa for module in model.modules() if isinstance(module, InPlace)]
+    of_roots = {id(parameter) for root in inside for parameter in root.parameters()}
+    return {name: p for name, p in network.named_parameters() if id(p) not in of_roots}
 
 
 def roots_of(model: nn.Module) -> dict[str, DFA]:
@@ -85,7 +89,8 @@ def roots_of(model: nn.Module) -> dict[str, DFA]:
     Raises:
         TypeError, ValueError: for a model without one, or sharded by `fully_shard`.
     """
-    roots = roots_in(model, DFA)
+    found = roots_in(model, DFA)
+    roots = {name.removesuffix(NAME).removesuffix("."): root for name, root in found.items()}
     sharded = [name for name, x in model.named_parameters() if type(x.data).__name__ == "DTensor"]
     if sharded:
         raise ValueError(f"model must not be sharded, got {sharded[0]!r}; do this before that")

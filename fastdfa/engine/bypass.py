@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from ..activations import KINDS
+from .inplace import own_modules
 from .layers import CutLayer
 from .nodes import Edge, GateNode, SegmentNode
 from .plan import AnyPoint
@@ -350,7 +351,7 @@ def warn_above_the_last_point(
         return
     trained = {id(parameter) for parameter in parameters}
     owners, others = [], 0
-    for name, module in root.module.named_modules():
+    for name, module in own_modules(root.module):
         cuts = isinstance(module, CutLayer)
         owned = trained & {id(parameter) for parameter in module.parameters(recurse=cuts)}
         if owned:
@@ -412,7 +413,7 @@ def _producer(module: nn.Module, below: Node) -> str | None:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             name: str
-            for name, inner in module.named_modules():
+            for name, inner in own_modules(module):
                 if any(leaf is p for p in inner.parameters(recurse=False)):
                     return name
         waiting += [after for after, _ in node.next_functions if after is not None]

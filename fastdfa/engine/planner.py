@@ -14,6 +14,7 @@ from ..ops.typed import constant
 from . import bypass, plan, whole
 from .broadcast import Alike, Drawn, Product
 from .handed import Handed
+from .inplace import class_of
 from .plan import Plan
 from .tape import Point, Tape, TrainedRoot
 from .whole import Whole
@@ -126,12 +127,13 @@ class Planner:
 
     def whole(self, root: TrainedRoot, x: Any) -> PlannedWhole | None:
         """Returns the network of a root, where it is one segment for such an input."""
-        if type(root.module) is not nn.Sequential or not whole.runs_alone(x):
+        module: Any = root.module
+        if class_of(module) is not nn.Sequential or not whole.runs_alone(x):
             return None
         found = self._whole
         if found is None or not whole.still_holds(found.whole, x):
             found = None
-            network = whole.find(root.module, x, root.cut_at)
+            network = whole.find(module, x, root.cut_at)
         else:
             network = found.whole
         if network is None:

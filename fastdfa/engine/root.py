@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .. import arguments
 from ..ops import capture
 from ..ops.typed import constant
+from . import inplace
+from .inplace import InPlace, own_modules
 from .layers import CutLayer, NoScript
 
 # Parts that wrappers add to names; B must not depend on them.
@@ -21,13 +23,18 @@ _stamps = itertools.count()
 
 
 class Root(NoScript):
-    """Wraps `module`; `seed`, a buffer, is the one source of randomness of its feedback.
+    """Wraps `module`, or stands behind one that is a root itself.
+
+    `seed`, a buffer, is the one source of randomness of its feedback.
 
     Raises:
         TypeError, ValueError: for what is no module, or holds a root already.
     """
 
     seed: Tensor
+    # What a module that is a root itself shows of this, and what of that may be set there.
+    passed_on: tuple[str, ...] = ("module", "seed", "conversion", "feedback_matrix")
+    settable: tuple[str, ...] = ()
     # Copies and pickles carry the seed and the rule; what `_reset` can make again is left out.
     made_again: tuple[str, ...] = ("_seed_version", "_names", "_children")
     # What a step depends on and a user may set anew. No other root has this stamp, nor the same one
@@ -44,6 +51,19 @@ class Root(NoScript):
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self._key = seed
 
+    def settle_in(self, module: nn.Module) -> None:
+        """Becomes the root that `module` is itself, no longer a wrapper."""
+        self._modules.pop("module", None)
+        self.__dict__["module"] = module  # of which it is no parent
+        self._reset()
+
+    def network(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the network, which may be in the root's own place."""
+        module = self.module
+        if isinstance(module, InPlace):
+            return module.plain_forward(*args, **kwargs)
+        return module(*args, **kwargs)
+
     def _reset(self) -> None:
         """Ends the construction, and that of a copy."""
         self.stamp = next(_stamps)
@@ -56,11 +76,13 @@ class Root(NoScript):
             self.stamp = next(_stamps)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in self.made_again}
+        left_out = (*self.made_again, "module")  # a module in whose place this is settles it again
+        return {k: v for k, v in self.__dict__.items() if k not in left_out}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         super().__setstate__(attributes)  # type: ignore[no-untyped-call]  # torch leaves out its types
-        self._reset()
+        if "module" in self._modules:
+            self._reset()
 
     def read_seed(self) -> int:
         """Returns the seed; it reads the buffer only when that was written: loaded, broadcast,
@@ -101,7 +123,7 @@ def names_in(module: nn.Module) -> dict[nn.Module, str]:
     """Returns the name of every module inside, as if nothing was compiled, checkpointed or
     sharded."""
     names: dict[nn.Module, str] = {}
-    for name, inner in module.named_modules():
+    for name, inner in own_modules(module):
         names[inner] = ".".join(part for part in name.split(".") if part not in _OF_WRAPPERS)
     return names
 
@@ -138,5 +160,5 @@ def _check_module(module: nn.Module) -> None:
     arguments.module("module", module)
     for name, inner in module.named_modules():
         if isinstance(inner, Root):
-            kind = type(inner).__name__
-            raise ValueError(f"module must hold no {kind}, got one at {name or 'its top'!r}")
+            kind, where = type(inner).__name__, name.removesuffix(inplace.NAME).rstrip(".")
+            raise ValueError(f"module must hold no {kind}, got one at {where or 'its top'!r}")

@@ -19,6 +19,7 @@ from .. import activations
 from ..activations import IDENTITY, Gate, hooked
 from . import norms
 from .broadcast import Receiver, Sender
+from .inplace import own_modules
 from .layers import CutLayer
 from .nodes import SegmentNode
 from .plan import Plan
@@ -146,7 +147,7 @@ def find(root: nn.Sequential, x: Tensor, chosen: Any) -> Whole | None:
     Args:
         chosen: the layers at whose inputs the network is cut; None for all.
     """
-    parts, inside = _parts(list(modules_in(root))), list(root.modules())
+    parts, inside = _parts(list(modules_in(root))), [module for _, module in own_modules(root)]
     if parts is None:
         return None
     front, stages, head = parts

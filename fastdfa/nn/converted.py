@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..engine.inplace import class_of, is_made, leave
 from ..engine.layers import CutLayer
 from .conv import Conv1d, Conv2d
 from .linear import Linear
@@ -67,9 +68,12 @@ class Conversion:
         Raises:
             RuntimeError: if the class of a layer was changed since, or this was called before.
         """
+        if not is_made(self.model):
+            raise RuntimeError(f"the model is no longer as convert made it: {type(self.model)}")
         for name, layer in self.layers.items():
-            if type(layer) not in PLAIN:
+            if class_of(layer) not in PLAIN:
                 raise RuntimeError(f"{name!r} is no longer as convert made it: {type(layer)}")
+        leave(self.model)
         for name, layer in self.layers.items():
             layer.__class__ = PLAIN[type(layer)]
             del layer.activation

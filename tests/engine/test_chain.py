@@ -115,7 +115,7 @@ def test_a_converted_network_is_a_chain(chains):
     step(model, X, G), step(other, X, G)
     same_gradients(model, other)
     for each in (model, other):
-        each.module[3].register_forward_hook(lambda module, args, h: 2 * h)
+        each[3].register_forward_hook(lambda module, args, h: 2 * h)
     y, expected = step(model, X, G), step(other, X, G)
     assert_close(y, expected)
     for a, b in zip(gradients(model).values(), gradients(other).values(), strict=True):

@@ -32,9 +32,9 @@ pytestmark = [
 ]
 
 ROWS, SEEDS = 8, (11, 22)
-DDP = ("fused", "general", "separate")
+DDP = ("fused", "general", "separate", "in place")
 KINDS = ("cnn", "transformer", "fa", "usf", "learning")
-SHARDED = ("mlp", "cnn", "resnet", "transformer", "recurrent")
+SHARDED = ("mlp", "cnn", "resnet", "transformer", "recurrent", "converted")
 CUT_AT_THE_END = ("resnet", "converted", "fused")  # of networks whose blocks are sharded whole
 SECONDS = 60  # that torch alone may take; 3 are usual, for all
 
@@ -42,6 +42,9 @@ SECONDS = 60  # that torch alone may take; 3 are usual, for all
 def build(kind, seed):
     torch.manual_seed(seed)  # every process starts with other weights and another seed
     rule = fastdfa.Feedback(seed=seed, shared=kind != "separate")
+    if kind == "in place":
+        layers = [nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)]
+        return fastdfa.convert(nn.Sequential(*layers).double(), rule)
     if kind == "general":
         layers = [fastdfa.Linear(5, 8, activation="tanh"), nn.LayerNorm(8), nn.ReLU()]
         return fastdfa.DFA(nn.Sequential(*layers, fastdfa.Linear(8, 3)).double(), feedback=rule)
@@ -112,7 +115,8 @@ def build_any(kind):
 def trained(model):
     """The parameters of a network and the B that learn, by name."""
     matrices = getattr(model, "matrices", None) or {}
-    return {**dict(model.module.named_parameters()), **{f"B {k}": B for k, B in matrices.items()}}
+    network = model if isinstance(model, nn.Sequential) else model.module  # of convert
+    return {**dict(network.named_parameters()), **{f"B {k}": B for k, B in matrices.items()}}
 
 
 def half_of(kind, rank, wrap):

@@ -517,14 +517,15 @@ def test_convert(rule):
     net = plain()
     converted = copy.deepcopy(net)
     model = fastdfa.convert(converted, rule=rule)
-    assert isinstance(model, fastdfa.LayerFeedback) and model.rule == rule
-    layers = [type(layer).__module__.split(".")[0] for layer in model.module if
+    assert model is converted and isinstance(model.fastdfa, fastdfa.LayerFeedback)
+    assert model.rule == rule
+    layers = [type(layer).__module__.split(".")[0] for layer in model if
               isinstance(layer, (nn.Linear, nn.Conv2d))]  # fmt: skip
     assert layers == ["fastdfa"] * 3
     step(net, IMAGES, ERROR)
     step(model, IMAGES, ERROR)
     head = {k: v for k, v in gradients(net).items() if k.startswith("6")}
-    assert_close({k: gradients(model.module)[k] for k in head}, head)
+    assert_close({k: gradients(model)[k] for k in head}, head)
     assert "hands down its gradient by the rule, applies Tanh '5'" in str(model.conversion)
     undone = model.conversion.undo()
     assert {type(m) for m in undone} == {type(m) for m in net}
@@ -536,13 +537,13 @@ def test_shallow():
     model = fastdfa.convert(copy.deepcopy(net), rule="shallow")
     model.zero_grad()
     step(model, IMAGES, ERROR)
-    trained = {name: g for name, g in gradients(model.module).items() if g is not None}
+    trained = {name: g for name, g in gradients(model).items() if g is not None}
     assert_close(trained, {k: gradients(net)[k] for k in ("6.weight", "6.bias")})
     assert all(p.requires_grad for p in model.conversion.undo().parameters())
 
 
 def test_convert_by_default_is_dfa():
-    assert isinstance(fastdfa.convert(plain(), rule="dfa"), fastdfa.DFA)
+    assert isinstance(fastdfa.convert(plain(), rule="dfa").fastdfa, fastdfa.DFA)
 
 
 @pytest.mark.parametrize(

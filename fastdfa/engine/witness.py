@@ -84,7 +84,9 @@ class _Watched:
         self, network: nn.Module, leaves: Sequence[tuple[Node, Tensor]], said: set[str]
     ) -> None:
         names = {id(p): name for name, p in network.named_parameters()}
-        waited = [(names[id(p)], p) for node, p in leaves if id(p) in names and _comes_to(node)]
+        known = [(node, names[id(p)], p) for node, p in leaves if id(p) in names]
+        # One may have been frozen since the forward pass.
+        waited = [(name, p) for node, name, p in known if p.requires_grad and _comes_to(node)]
         self.missing, self.said = {name for name, _ in waited}, said
         self.hooks = [p.register_hook(self._arrival(name)) for name, p in waited]
         Variable._execution_engine.queue_callback(self.end)

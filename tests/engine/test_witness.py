@@ -136,6 +136,12 @@ def with_frozen_layers(model):
     step(model, X, G)
 
 
+def with_layers_frozen_before_backward(model):
+    loss = (model(X) * G).sum()
+    model.module[0].requires_grad_(False)
+    loss.backward()
+
+
 def with_grad_of_one(model):
     torch.autograd.grad((model(X) * G).sum(), [model.module[1].weight])
 
@@ -183,7 +189,8 @@ def with_unused_layers(model):
 
 
 @pytest.mark.parametrize("use", [
-    with_frozen_layers, with_grad_of_one, with_grad_of_the_input, with_inputs,
+    with_frozen_layers, with_layers_frozen_before_backward, with_grad_of_one,
+    with_grad_of_the_input, with_inputs,
     with_two_forward_passes, with_an_output_left_out, with_a_graph_kept, with_checkpoints,
     with_a_checkpoint_of_all, with_unused_layers,
 ])  # fmt: skip

@@ -22,6 +22,7 @@ from ..activations import Gate
 from ..feedback.bank import Bank
 from ..matrices import Learning, Matrices
 from ..ops.tracing import traced, wants_gradient
+from ..ops.typed import constant
 from ..projectors import Projector
 from .broadcast import Broadcast, Receiver, under_way
 from .handed import HandedToken, Handing
@@ -177,7 +178,14 @@ _BEHIND_HOOKS: Any = BackwardHookFunction._backward_cls
 
 def chosen_by(root: TrainedRoot, layer: nn.Module) -> bool:
     """Returns whether a root cuts the network at the input of this layer."""
-    return root.cut_at is None or layer in root.cut_at
+    return root.cut_at is None or _is_among(root, layer)
+
+
+# A constant of a compiled step, as Dynamo guards its arguments: without, what it has compiled of one
+# layer served all layers of its class where they are compiled one by one, as behind a graph break.
+@constant
+def _is_among(root: TrainedRoot, layer: nn.Module) -> bool:
+    return root.cut_at is not None and layer in root.cut_at
 
 
 def was_cut(root: TrainedRoot, inputs: Sequence[Tensor], layer: nn.Module, x: Tensor) -> bool:

@@ -309,6 +309,23 @@ def test_graph_breaks(where):
             check(run, model, eager, x, g)
 
 
+@pytest.mark.parametrize("where", [1, 2, 3])
+def test_graph_breaks_where_some_layers_are_cut(where):
+    """Behind a break layers are compiled one by one, and a cut of one is not that of another."""
+
+    def stop(h):
+        torch._dynamo.graph_break()
+        return h
+
+    layers = [fastdfa.Linear(5, 5, activation="tanh") for _ in range(4)] + [fastdfa.Linear(5, 3)]
+    layers.insert(where, Apply(stop))
+    eager = sequential(*layers, cut=["4"])
+    model = copy.deepcopy(eager)
+    x, g = randn(6, 5), randn(6, 3)
+    check(torch.compile(model, backend="aot_eager"), model, eager, x, g)
+    assert model.feedback_points == ["4"]
+
+
 def test_the_loss_and_the_model_in_one_graph():
     eager, model = twins("mixed")
 

@@ -20,8 +20,8 @@ from .engine.layers import CutLayer
 from .engine.root import Root
 from .feedback.rule import Feedback
 from .layerwise import RULES, LayerFeedback
-from .nn.converted import BY_RULE, LAYERS, Conversion, Fold, plain_layers
-from .nn.point import FeedbackPoint, check_no_backward_hooks
+from .nn.converted import BY_RULE, KINDS, LAYERS, Conversion, Fold, is_plain, plain_layers
+from .nn.point import FeedbackPoint, check_no_backward_hooks, cuts_before
 
 __all__ = ["Conversion", "Fold", "convert"]
 
@@ -48,25 +48,32 @@ def convert(
 ) -> Any:  # `model`, which has the root's attributes as well, as no type says
     """Makes a network of torch's own modules train by direct feedback alignment, or another rule.
 
-    Without `blocks`, every `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` becomes fastdfa's, which cuts
-    the network at its input. With `blocks`, the network is cut behind each block and nothing else
-    is changed: for residual networks and transformers, where a cut beside a skip connection would
-    leak. The model itself is changed, and shares everything with the result: a layer changes its
-    class alone, so parameters, `state_dict` keys, names, hooks, mode and every reference to it
-    stay. The forward numbers stay too. `convert(...).conversion` tells what was changed, when
-    printed, and its `undo()` takes it back.
+    The model itself is changed, and is the root: the same object, of its own class still, with its
+    attributes, methods, signature and children. A step of it is one of DFA, whether or not what
+    `convert` returns, the model, is taken. It has the attributes of the root as well (`feedback`,
+    `cut`, `feedback_points`, `conversion`, ...), but for those names that it has itself:
+    `model.fastdfa` is the root, a `DFA` or a `LayerFeedback`, and has them all.
 
-    Subclasses of these layers (adapters, parametrized or quantized layers, `out_proj` of torch's
-    attention, which is never called) are left alone: they train by local backprop.
+    Without `blocks`, the network is cut at the input of every linear layer and convolution. An
+    `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` becomes fastdfa's: it changes its class alone, so
+    parameters, names, hooks, mode and every reference to it stay. What has a forward or a weight of
+    its own (parametrized, pruned, quantized, a subclass, an adapter of peft round such a layer,
+    other convolutions) is cut by a hook before it, and otherwise as it was. With `blocks`, the
+    network is cut behind each block and nothing else is changed: for residual networks and
+    transformers, where a cut beside a skip connection would leak. The forward numbers stay.
+    `model.conversion` tells what was changed, and what is not cut, when printed; its `undo()` takes
+    it back.
+
+    The `state_dict` has the model's keys, and `fastdfa.seed`. A checkpoint without that loads
+    strictly, such as one of the plain model, and leaves the seed as it is.
 
     Args:
-        model: the network, before DistributedDataParallel wraps it, and before fully_shard takes
-            single layers of it, which would then be left alone.
+        model: the network, before DistributedDataParallel wraps it.
         feedback, output, allow_bypass: as in `DFA`.
-        rule: "dfa" gives a `DFA`; "fa", "usf", "frsf", "brsf" and "backprop" give a `LayerFeedback`
-            of that rule, every layer of which follows it; "shallow" one of "backprop" in which the
-            last layer alone requires grad: what a rule must beat to have taught the others
-            anything. Of the arguments for where and how a `DFA` feeds back, they take none.
+        rule: "dfa" is a `DFA`; "fa", "usf", "frsf", "brsf" and "backprop" are a `LayerFeedback` of
+            that rule, which fastdfa's layers follow and no others; "shallow" one of "backprop" in
+            which the last layer alone requires grad: what a rule must beat to have taught the
+            others anything. Of the arguments for where and how a `DFA` feeds back, they take none.
         blocks: which modules have a feedback point behind them, of the same name: classes, or
             patterns of qualified names, in which `*` stays within one part ("encoder.layers.*").
             Of a tuple or list that a block returns, the first tensor is the point.
@@ -80,9 +87,11 @@ def convert(
             the sum of what each side gives.
 
     Warns:
-        UserWarning: of a linear layer of n units between others, where its input is wider and so
-            is the error, C > n + 1. Behind such a bottleneck the true gradients have rank n, the
-            feedback rank C - 1 (of a softmax), so that the layers before it align in part only.
+        UserWarning: of what holds matrices and is not cut at its input, such as recurrent networks
+            and attention, where something that learns is before it: that learns by backprop
+            through it. And of a linear layer of n units between others, where its input is wider
+            and so is the error, C > n + 1. Behind such a bottleneck the true gradients have rank n,
+            the feedback rank C - 1 (of a softmax), so that the layers before it align in part only.
 
     Raises:
         TypeError, ValueError: for arguments that are not so; where there is nothing to convert;
@@ -110,13 +119,15 @@ def convert(
     # The last that can fail, and before the blocks' hooks: a block that is tapped is not cut.
     root = DFA(model, feedback, output, allow_bypass)
     _warn_of_bottlenecks(conversion.layers, output)
+    _warn_of_uncut(model, conversion)
     conversion.apply()
+    _in_place(model, root, conversion)
     try:
         root.cut = cut  # names of points that are there only now
     except (TypeError, ValueError):
         conversion.undo()
         raise
-    return _in_place(model, root, conversion)
+    return model
 
 
 def _in_place(model: nn.Module, root: DFA | LayerFeedback, conversion: Conversion) -> nn.Module:
@@ -139,7 +150,7 @@ def _convert_by_layer(
     for name, value in no_others.items():
         if value is not None:
             raise ValueError(f"{name} is of rule='dfa' alone, got it with rule={rule!r}")
-    conversion = _plan_layers(model, None, fold, allow_residual=True)
+    conversion = _plan_layers(model, None, fold, allow_residual=True, by_rule=True)
     conversion.role = BY_RULE
     conversion.apply()
     root = LayerFeedback(model, "backprop" if rule == "shallow" else rule)
@@ -152,31 +163,77 @@ def _convert_by_layer(
 
 
 def _plan_layers(
-    model: nn.Module, output: str | None, fold: bool, allow_residual: bool
+    model: nn.Module, output: str | None, fold: bool, allow_residual: bool, by_rule: bool = False
 ) -> Conversion:
     _check_layers(model, allow_residual)
-    plain = plain_layers(model)
-    reasons = {name: _reason_to_keep(layer) for name, layer in plain.items()}
-    layers = {name: layer for name, layer in plain.items() if reasons[name] is None}
-    kept = {name: (type(plain[name]), why) for name, why in reasons.items() if why is not None}
-    cutting = (CutLayer, FeedbackPoint)
-    if not layers and not any(isinstance(module, cutting) for module in model.modules()):
+    found = plain_layers(model) if by_rule else _cuttable(model)
+    kept = {
+        name: (type(layer), why)
+        for name, layer in found.items()
+        if (why := _reason_to_keep(layer, by_rule)) is not None
+    }
+    layers = {name: layer for name, layer in found.items() if name not in kept}
+    if not layers and not any(map(cuts_before, model.modules())):
         raise ValueError(
-            f"model holds nothing to convert: no module whose class is one of "
-            f"{', '.join(kind.__name__ for kind in LAYERS)} itself, and not a subclass. "
-            "blocks= puts feedback points behind modules of any kind"
+            "model holds nothing to convert: no linear layer, no convolution. blocks= puts "
+            "feedback points behind modules of any kind"
         )
     folds = _find_folds(model, layers, output) if fold else {}
+    if not by_rule:
+        kept |= {name: (type(module), _UNCUT) for name, module in _uncut(model, layers).items()}
     return Conversion(model, layers, folds, kept)
 
 
-def _reason_to_keep(layer: nn.Module) -> str | None:
-    if type(layer) not in LAYERS:
-        bases = [kind.__name__ for kind in LAYERS if isinstance(layer, kind)]
-        return f"a subclass of {bases[0]}" if bases else "fastdfa has no such layer"
-    # A forward of its own, as some libraries set on an object, would go on being called.
-    changed = {"forward", "activation"} & {*vars(layer), *layer._modules}
-    return f"it has its own {changed.pop()!r}" if changed else None
+def _cuttable(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns linear and convolutional layers by name, and what wraps such a layer as an adapter,
+    but nothing that is inside one of these."""
+    found: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside or isinstance(module, CutLayer):
+            continue
+        # As peft's adapters, which add to what that layer makes of their input.
+        wrapped = module
+        while "base_layer" in wrapped._modules:
+            wrapped = wrapped._modules["base_layer"]
+        if isinstance(wrapped, KINDS):
+            found[name] = module
+            inside |= set(module.modules())
+    return found
+
+
+def _reason_to_keep(layer: nn.Module, by_rule: bool) -> str | None:
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return "torch's attention reads its weight, and never calls it"
+    if not by_rule or is_plain(layer):
+        return None
+    if type(layer) in LAYERS:
+        return "it has a forward, an activation or a weight of another kind"
+    bases = [kind.__name__ for kind in LAYERS if isinstance(layer, kind)]
+    return f"a subclass of {bases[0]}" if bases else "fastdfa has no such layer"
+
+
+_UNCUT = "not cut at its input, it learns by backprop from the next point above"
+
+
+def _uncut(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Returns by name what has trainable matrices of its own and is not cut at its input."""
+    cut = [*layers.values(), *filter(cuts_before, model.modules())]
+    inside = {module for layer in cut for module in layer.modules()}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if module not in inside and any(map(_is_matrix, module._parameters.values())):
+            owner = name.partition(".parametrizations.")[0]
+            found[owner] = model.get_submodule(owner)
+    return {
+        name: module
+        for name, module in found.items()
+        if not isinstance(module, NonDynamicallyQuantizableLinear)
+    }
+
+
+def _is_matrix(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.requires_grad and parameter.dim() > 1
 
 
 def _find_folds(
@@ -271,6 +328,25 @@ def _warn_of_bottlenecks(layers: dict[str, nn.Module], output: str | None) -> No
                 "not have this effect",
                 stacklevel=3,
             )
+
+
+def _warn_of_uncut(model: nn.Module, conversion: Conversion) -> None:
+    """Warns of what hands a true gradient down to what has parameters too; not of embeddings, which
+    read indices."""
+    told = []
+    before = False  # whether anything is that learns
+    for name, module in model.named_modules():
+        kept = conversion.kept.get(name, (None, ""))[1] == _UNCUT
+        if kept and before and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            told.append(f"{name!r}, a {type(module).__name__}")
+        before = before or any(map(_trainable, module._parameters.values()))
+    if told:
+        warnings.warn(
+            f"{'; '.join(told)}: not cut at the input, so that what is before it learns through it "
+            "by backprop, from the next feedback point above. Put a fastdfa.FeedbackPoint before "
+            "it, or name the modules to cut behind in blocks=",
+            stacklevel=3,
+        )
 
 
 # What is refused.

@@ -8,12 +8,14 @@ import copy
 import pickle
 import warnings
 from collections import namedtuple
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
 import torch
 from helpers.networks import RULE, Apply, assert_close, feedback_of, gradients, randn, step
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import fastdfa
@@ -279,34 +281,187 @@ def own_forward(layer):
     return layer
 
 
-KEPT = {
-    "subclass": (lambda: Adapter(8, 8), "a subclass of Linear"),
-    "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "subclass"),
-    "own forward": (lambda: own_forward(nn.Linear(8, 8)), "'forward'"),
+def pruned(layer):
+    prune.random_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+class Lora(nn.Module):
+    """Wraps a layer as peft does: it is called, and what two narrow layers make is added."""
+
+    def __init__(self, n, dropout=0.0):
+        super().__init__()
+        self.base_layer = nn.Linear(n, n).requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Linear(n, 2, bias=False), nn.Linear(2, n, bias=False)
+        self.lora_dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(self.lora_dropout(x)))
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = Adapter(8, 8)
+
+    def forward(self, x):
+        return self.layer(x=x)
+
+
+made = nn.utils.parametrizations
+OF_OTHER_KINDS = {
+    "subclass": lambda: Adapter(8, 8),
+    "own forward": lambda: own_forward(nn.Linear(8, 8)),
+    "spectral norm": lambda: made.spectral_norm(nn.Linear(8, 8)),
+    "weight norm": lambda: made.weight_norm(nn.Linear(8, 8, bias=False)),
+    "orthogonal": lambda: made.orthogonal(nn.Linear(8, 8)),
+    "spectral norm by hooks": lambda: nn.utils.spectral_norm(nn.Linear(8, 8)),
+    "weight norm by hooks": lambda: nn.utils.weight_norm(nn.Linear(8, 8)),
+    "pruned": lambda: pruned(nn.Linear(8, 8)),
+    "adapter": lambda: Lora(8),
+    "keyword": ByKeyword,
 }
 
 
-@pytest.mark.parametrize("kind", KEPT)
-def test_what_is_not_exactly_a_layer_of_torch_is_left_alone(kind):
-    make, reason = KEPT[kind]
+def of_other_kinds(kind):
     torch.manual_seed(1)
-    plain = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), make(), nn.Tanh(), nn.Linear(8, 3)).double()
-    torch.manual_seed(1)
-    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), make(), nn.Tanh(), nn.Linear(8, 3)).double()
-    model = fastdfa.convert(net, RULE)
+    return nn.Sequential(
+        nn.Linear(5, 8), nn.Tanh(), OF_OTHER_KINDS[kind](), nn.Tanh(), OF_OTHER_KINDS[kind](),
+        nn.Tanh(), nn.Linear(8, 3),
+    ).double()  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", OF_OTHER_KINDS)
+def test_layers_of_other_kinds_are_cut_as_the_linear_layers_that_they_are(kind):
+    """Parametrized, pruned, subclasses, adapters: inside all is autograd's, from their output."""
+    plain, model = of_other_kinds(kind), fastdfa.convert(of_other_kinds(kind), RULE)
+    names = ["2.layer", "4.layer"] if kind == "keyword" else ["2", "4"]
+    assert list(model.conversion.layers) == ["0", *names, "6"] and not model.conversion.kept
     x, g = randn(6, 5), randn(6, 3)
-    assert_close(step(model, x, g), plain(x))
+    for _ in range(2):  # the norm of a spectral one goes on with each pass
+        y = step(model, x, g)
+        feedback, cuts = [], []
+
+        def cut(module, args, kwargs, feedback=feedback, cuts=cuts):
+            (h,) = [*args, *kwargs.values()]
+            cuts.append(h)
+            feedback.append(g @ model.feedback_matrix("6" if len(cuts) > 2 else names[0]))
+            return (h.detach(),), {}
+
+        hooks = [
+            plain.get_submodule(name).register_forward_pre_hook(cut, with_kwargs=True)
+            for name in (*names, "6")
+        ]
+        expected = plain(x)
+        torch.autograd.backward([expected, *cuts], [g, *feedback])
+        for hook in hooks:
+            hook.remove()
+        assert_close(y, expected)
+    assert model.feedback_points == [*names, "6"]
+    assert_close(gradients(model), gradients(plain))
+    undone, before = model.conversion.undo(), list(plain.modules())
+    assert [type(m).__name__ for m in undone.modules()] == [type(m).__name__ for m in before]
+    hooks = [len(m._forward_pre_hooks) for m in undone.modules()]
+    assert hooks == [len(m._forward_pre_hooks) for m in before]
+    assert [len(m._forward_pre_hooks_with_kwargs) for m in undone.modules()] == [0] * len(before)
+
+
+def test_every_kind_of_convolution_is_cut():
+    net = nn.Sequential(
+        nn.ConvTranspose1d(2, 3, 2), nn.Tanh(), nn.Unflatten(2, (2, 2, 2)), nn.Tanh(),
+        nn.Conv3d(3, 2, 2), nn.Flatten(), nn.Linear(2, 3),
+    )  # fmt: skip
+    check(net, randn(4, 2, 7), before=["4", "6"])
+
+
+@pytest.mark.parametrize("kind", ["spectral norm", "adapter", "own forward"])
+def test_a_checkpoint_runs_them_again_as_they_were(kind):
+    """Outside of every root: a layer whose input requires grad saves other tensors."""
+    x, g = randn(6, 5), randn(6, 3)
+    eager = fastdfa.convert(of_other_kinds(kind).eval(), RULE)
+    net = of_other_kinds(kind).eval()
+    model = fastdfa.convert(nn.Sequential(*net[:1], Checkpointed(net[1:6]), net[6]), RULE)
+    for context in (nullcontext, lambda: fastdfa.backprop(model), nullcontext):
+        for each in (eager, model):
+            each.zero_grad()
+            with context() if each is model else nullcontext():
+                step(each, x, g)
+        if context is nullcontext:
+            found, expected = gradients(model).values(), gradients(eager).values()
+            for a, b in zip(found, expected, strict=True):
+                assert (a is None) == (b is None) and (a is None or torch.allclose(a, b))
+
+
+def test_it_is_counted_and_named_by_cut():
+    model = fastdfa.convert(of_other_kinds("spectral norm"), RULE, cut=2)
+    model(randn(6, 5)).sum().backward()
     assert model.feedback_points == ["4"]
-    assert_close(gradients(model), by_definition(plain, model, x, g, before=["4"]))
-    kind, why = model.conversion.kept["2"]
-    assert kind is type(net[2]) and reason in why
+    model.cut = ["2"]
+    model(randn(6, 5)).sum().backward()
+    assert model.feedback_points == ["2"]
+
+
+def test_removing_a_parametrization_leaves_a_layer_that_is_cut():
+    model = fastdfa.convert(of_other_kinds("weight norm"), RULE)
+    nn.utils.parametrize.remove_parametrizations(model[2], "weight")
+    model(randn(6, 5)).sum().backward()
+    assert model.feedback_points == ["2", "4", "6"]
+    assert type(model.conversion.undo()[2]) is nn.Linear and not model[2]._forward_pre_hooks
+
+
+# What is left, and said to be ----------------------------------------------------------------
+
+
+class OwnMatrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.ones(8, 8))])
+
+    def forward(self, x):
+        return x @ self.weights[0]
+
+
+LEFT = {
+    "lstm": (lambda: nn.LSTM(8, 8), ["2"]),
+    "gru": (lambda: nn.GRU(8, 8), ["2"]),
+    "cell": (lambda: nn.GRUCell(8, 8), ["2"]),
+    "attention": (lambda: nn.MultiheadAttention(8, 2), ["2", "2.out_proj"]),
+    "bilinear": (lambda: nn.Bilinear(8, 8, 8), ["2"]),
+    "list": (OwnMatrix, ["2.weights"]),
+    "parametrized": (lambda: made.orthogonal(nn.GRU(8, 8), "weight_hh_l0"), ["2"]),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_what_stays_on_backprop_is_named_before_training(kind):
+    make, names = LEFT[kind]
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), make(), nn.Linear(8, 3))
+    with pytest.warns(UserWarning, match=f"'{names[0]}', a .*: not cut at the input") as caught:
+        model = fastdfa.convert(net, RULE)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert sorted(model.conversion.kept) == names
+    assert f"{names[0]} " in str(model.conversion) and "it learns by backprop" in str(
+        model.conversion
+    )
+
+
+def test_what_nothing_is_before_is_named_in_the_table_alone():
+    net = nn.Sequential(nn.EmbeddingBag(11, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        conversion = fastdfa.convert(net, RULE).conversion
+        fastdfa.convert(nn.Sequential(nn.GRU(5, 8), Apply(lambda pair: pair[0]), nn.Linear(8, 3)))
+        frozen = nn.Sequential(nn.Linear(5, 8), nn.GRU(8, 8).requires_grad_(False), nn.Linear(8, 3))
+        fastdfa.convert(frozen)
+    assert list(conversion.kept) == ["0"] and "EmbeddingBag" in str(conversion)
 
 
 def test_out_proj_of_attention_is_left_alone():
     net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 3)})
     conversion = fastdfa.convert(net).conversion
     assert list(conversion.layers) == ["head"]
-    assert list(conversion.kept) == ["attention.out_proj"]
+    assert sorted(conversion.kept) == ["attention", "attention.out_proj"]
 
 
 def test_a_layer_that_recomputes_its_weight():
@@ -624,8 +779,8 @@ def test_it_tells_what_it_changed():
     lines = str(fastdfa.convert(net).conversion).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
         "0 Linear cut at its input, applies Tanh '1'",
+        "2 Adapter cut at its input",
         "3 Linear cut at its input",
-        "2 Adapter left alone: a subclass of Linear",
     ]
     text = str(fastdfa.convert(resnet(), blocks=["2", ResidualBlock]).conversion)
     assert "2  ReLU" in text and "5  ResidualBlock  feedback behind it" in text

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..engine.inplace import class_of, is_made, leave
 from ..engine.layers import CutLayer
 from .conv import Conv1d, Conv2d
 from .linear import Linear
-from .point import CutBehind, FeedbackPoint
+from .point import CutBefore, CutBehind, FeedbackPoint
 
+# What has a matrix or a kernel, and may have a forward of its own.
+KINDS = (nn.Linear, nn.modules.conv._ConvNd)
 LAYERS: dict[type, type] = {nn.Linear: Linear, nn.Conv1d: Conv1d, nn.Conv2d: Conv2d}
 PLAIN = {ours: torchs for torchs, ours in LAYERS.items()}
 # What a layer does in a network of each kind.
@@ -21,12 +23,24 @@ CUT, BY_RULE = "cut at its input", "hands down its gradient by the rule"
 
 def plain_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Returns torch's linear and convolutional layers, and what derives from these, by name."""
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, kinds) and not isinstance(layer, CutLayer)
+        if isinstance(layer, KINDS) and not isinstance(layer, CutLayer)
     }
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Tells whether a layer is just what its class, one of torch's, says."""
+    # A forward of its own, as some libraries set on an object, would go on being called.
+    if type(layer) not in LAYERS or {"forward", "activation"} & {*vars(layer), *layer._modules}:
+        return False
+    return type(layer.weight) in (nn.Parameter, Tensor)  # not quantized, nor sharded
+
+
+def _hooks_before(layer: nn.Module) -> list[int]:
+    hooks = layer._forward_pre_hooks.items()
+    return [number for number, hook in hooks if isinstance(hook, CutBefore)]
 
 
 class Fold(NamedTuple):
@@ -46,7 +60,7 @@ class Conversion:
         model: the network that was converted.
         layers: by name, the layers that are cut at their input now.
         folds: by the name of such a layer, the activation that it took over.
-        kept: by name, the class of a layer that is as it was, and why.
+        kept: by name, the class of what is as it was though it holds matrices, and why.
         blocks: by name, the modules that have a feedback point behind them now.
         point: how these receive feedback.
         role: what the layers do in the network.
@@ -71,10 +85,15 @@ class Conversion:
         if not is_made(self.model):
             raise RuntimeError(f"the model is no longer as convert made it: {type(self.model)}")
         for name, layer in self.layers.items():
-            if class_of(layer) not in PLAIN:
+            if class_of(layer) not in PLAIN and not _hooks_before(layer):
                 raise RuntimeError(f"{name!r} is no longer as convert made it: {type(layer)}")
         leave(self.model)
         for name, layer in self.layers.items():
+            if type(layer) not in PLAIN:
+                for number in _hooks_before(layer):
+                    layer._forward_pre_hooks.pop(number)
+                    layer._forward_pre_hooks_with_kwargs.pop(number, None)
+                continue
             layer.__class__ = PLAIN[type(layer)]
             del layer.activation
             if name in self.folds:
@@ -98,8 +117,11 @@ class Conversion:
 
     def apply(self) -> None:
         """Changes the class of each layer, as torch's parametrize does: who holds it holds the new
-        one."""
+        one. What has a forward of its own is given a hook."""
         for name, layer in self.layers.items():
+            if not is_plain(layer):
+                layer.register_forward_pre_hook(CutBefore(), with_kwargs=True)
+                continue
             layer.__class__ = LAYERS[type(layer)]
             taken = self.folds.get(name)
             converted: Any = layer

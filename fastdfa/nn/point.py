@@ -1,9 +1,10 @@
-"""Cuts the network behind whole blocks: `FeedbackPoint`, and the hook that puts one there."""
+"""Cuts the network anywhere: `FeedbackPoint`, and hooks that put one behind or before modules."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import arguments
@@ -91,6 +92,42 @@ class CutBehind:
         )
 
 
+class CutBefore:
+    """Makes the first tensor that a module reads a feedback point, of the module's name; a forward
+    pre-hook with keyword arguments.
+
+    For layers with a forward of their own, or whose weight is made anew in each call: parametrized,
+    quantized, adapters.
+    """
+
+    def __init__(self) -> None:
+        self.point = FeedbackPoint()
+        self.cuts = False  # whether the latest pass cut here, for checkpoints that run it again
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args and isinstance(args[0], Tensor):
+            return (self._cut(module, args[0]), *args[1:]), kwargs
+        name = next((name for name, x in kwargs.items() if isinstance(x, Tensor)), None)
+        return None if name is None else (args, {**kwargs, name: self._cut(module, kwargs[name])})
+
+    def _cut(self, module: nn.Module, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.point.cut(module, x)
+        if state.tape is None and torch._C._current_graph_task_id() != -1:  # run again in backward
+            # As a module saves other tensors where its input requires no grad.
+            return x.detach() if self.cuts else x
+        y = self.point.cut(module, x)
+        self.cuts = x.requires_grad and not y.requires_grad
+        return y
+
+
+def cuts_before(module: nn.Module) -> bool:
+    """Tells whether the network is cut at what a module reads."""
+    return isinstance(module, (CutLayer, FeedbackPoint)) or any(
+        isinstance(hook, CutBefore) for hook in module._forward_pre_hooks.values()
+    )
+
+
 def check_no_backward_hooks(name: str, block: nn.Module) -> None:
     """Raises where they wait for a gradient of what the block returns, as that has none."""
     if block._backward_hooks or block._backward_pre_hooks:
@@ -107,8 +144,10 @@ def cut_modules(module: nn.Module) -> list[nn.Module]:
     found = [
         inner
         for inner in module.modules()
-        if isinstance(inner, (CutLayer, FeedbackPoint))
+        if cuts_before(inner)
         or any(isinstance(hook, CutBehind) for hook in inner._forward_hooks.values())
     ]
     first = next((inner for inner in module.modules() if inner._parameters), None)
-    return found[1:] if found and found[0] is first else found
+    if found and cuts_before(found[0]) and any(first is inner for inner in found[0].modules()):
+        return found[1:]
+    return found

@@ -57,9 +57,9 @@ def smallest(numbers, error):
     """The shrunk program that fails by the same kind of error, and how."""
 
     def fails(numbers):
-        return type(failure(drawing.program(drawing.Numbers(numbers=numbers)))) is type(error)
+        return type(failure(drawing.renumbered(numbers))) is type(error)
 
-    program = drawing.program(drawing.Numbers(numbers=shrunk(numbers, fails)))
+    program = drawing.renumbered(shrunk(numbers, fails))
     return program, failure(program)
 
 

@@ -29,9 +29,9 @@ def failure(program):
         return error
 
 
-def shrunk(numbers, fails, seconds=SHRINKING):
-    """The fewest and smallest numbers that still fail, found one after the other."""
-    end, size = time.monotonic() + seconds, max(len(numbers), 1)
+def shrunk(numbers, fails):
+    """Numbers that still fail, of which none can be left out or made smaller."""
+    end, size = time.monotonic() + SHRINKING, max(len(numbers), 1)
     while size:
         changed, place = False, 0
         while place < len(numbers) and time.monotonic() < end:

@@ -29,9 +29,9 @@ def failure(program):
         return error
 
 
-def shrunk(numbers, fails, seconds=SHRINKING):
-    """The fewest and smallest numbers that still fail, found one after the other."""
-    end, size = time.monotonic() + seconds, max(len(numbers), 1)
+def shrunk(numbers, fails):
+    """Numbers that still fail, of which none can be left out or made smaller."""
+    end, size = time.monotonic() + SHRINKING, max(len(numbers), 1)
     while size:
         changed, place = False, 0
         while place < len(numbers) and time.monotonic() < end:
@@ -57,9 +57,9 @@ def smallest(numbers, error):
     """The shrunk program that fails by the same kind of error, and how."""
 
     def fails(numbers):
-        return type(failure(drawing.program(drawing.Numbers(numbers=numbers)))) is type(error)
+        return type(failure(drawing.renumbered(numbers))) is type(error)
 
-    program = drawing.program(drawing.Numbers(numbers=shrunk(numbers, fails)))
+    program = drawing.renumbered(shrunk(numbers, fails))
     return program, failure(program)
 
 

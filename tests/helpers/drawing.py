@@ -73,7 +73,12 @@ class Numbers:
 def numbered(seed, number):
     """Program `number` of a seed, and the numbers of its choices."""
     pick = Numbers(Random(f"{seed}/{number}"))
-    return program(pick), pick.chosen
+    return program(pick, ALL_WAYS), pick.chosen
+
+
+def renumbered(numbers):
+    """The program of these choices."""
+    return program(Numbers(numbers=numbers), ALL_WAYS)
 
 
 def layer(pick, allowed, n, m=None, hooks=HOOKS, frozen=FROZEN):
@@ -108,7 +113,7 @@ def branches(pick, allowed, n):
 
 
 KINDS = [
-    "layer", "layer", "layer", "activation", "norm", "dropout", "function", "point", "branches",
+    "layer", "layer", "layers", "activation", "norm", "dropout", "function", "point", "branches",
     "residual", "again", "nested", "plain",
 ]  # fmt: skip
 
@@ -121,6 +126,10 @@ def sequence(pick, allowed, n, ranks, positions=False, most=5):
         if kind == "layer":
             parts.append(layer(pick, allowed, n, hooks=allowed.hooks))
             n = parts[-1].m
+        elif kind == "layers":  # a run, of which nothing keeps the first from computing the others
+            for _ in range(pick([2, 3, 4])):
+                parts.append(layer(pick, allowed, n, hooks=[""]))
+                n = parts[-1].m
         elif kind == "activation":
             name = pick(PLAIN)
             inplace = name in ("ReLU", "SiLU", "ELU", "LeakyReLU") and may_change_in_place(parts)
@@ -208,13 +217,14 @@ def rule(pick, tail, float64):
 
 
 CUTS = ["all"] * 6 + [2, 3, (False,), (True, False), (False, True, True)]
-OFTEN_EAGER = ["eager"] * 30 + [way for way in WAYS[1:-1] for _ in range(4)] + WAYS[-1:]
+EAGER_WAYS = ["eager"] * 30 + [way for way in WAYS[1:-1] for _ in range(4)]
+ALL_WAYS = [*EAGER_WAYS, "compiled"]  # a second or more of a program, which hypothesis would shrink
 # Not bfloat16, of whose units some are on the other side of a kink.
 DTYPES = [torch.float64] * 3 + [torch.float32]
 
 
-def program(pick):
-    way, dtype = pick(OFTEN_EAGER), pick(DTYPES)
+def program(pick, ways=EAGER_WAYS):
+    way, dtype = pick(ways), pick(DTYPES)
     float64 = dtype == torch.float64
     training, wants = pick([True, True, False]), way != "streaming" and pick(SELDOM)
     batches = tuple(pick([3, 1, 2, 7]) for _ in range(pick([1, 2, 3])))

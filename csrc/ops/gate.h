@@ -24,10 +24,10 @@ class GateWork {
   GateParams p{};
 
   GateWork(const OpCall& call, const Tensor& grad, const Tensor& saved, int64_t kind, double param)
-      : grad(with_unit_columns(grad)), saved(saved) {
+      : grad(with_unit_columns(call, grad)), saved(saved) {
     p.dtype = call.dtype_of("grad", grad);
     p.kind = call.activation_of(kind), p.param = param;
-    if (p.kind != Activation::identity) this->saved = with_unit_columns(saved);
+    if (p.kind != Activation::identity) this->saved = with_unit_columns(call, saved);
     p.grad = this->grad.data_ptr(), p.grad_row = this->grad.stride(0);
     p.saved = this->saved.data_ptr(), p.saved_row = this->saved.stride(0);
     p.rows = grad.size(0), p.columns = grad.size(1);

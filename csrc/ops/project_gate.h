@@ -55,7 +55,7 @@ inline void check_feedback(const OpCall& call, const ProjectGateArguments& a, si
   call.check_matrix(name, b);
   if (i > 0) {
     call.check_dtype(name, b, a.feedback[0].scalar_type());
-  } else if (b.scalar_type() != a.saved[0].scalar_type()) {
+  } else if (call.type_of(name, b) != a.saved[0].scalar_type()) {
     call.check_dtype(name, b, accumulation_type(call.dtype_of("saved[0]", a.saved[0])));
   }
   STD_TORCH_CHECK(b.size(0) == a.error.size(1) && b.size(1) >= columns, call.op, ": ", name,
@@ -102,7 +102,7 @@ class ProjectGateWork {
     p.layers = layers.data(), p.layer_count = static_cast<int64_t>(layers.size());
     p.shared = a.shared(), p.allow_tf32 = a.allow_tf32;
     p.seed = static_cast<uint64_t>(a.seed), p.distribution = call.distribution_of(a.distribution);
-    for (Tensor& b : a.feedback) b = with_unit_columns(b);
+    for (Tensor& b : a.feedback) b = with_unit_columns(call, b);
     for (size_t l = 0; l < layers.size(); ++l) set_layer(call, l);
   }
   ProjectGateWork(const ProjectGateWork&) = delete;
@@ -140,7 +140,7 @@ class ProjectGateWork {
   void set_layer(const OpCall& call, size_t l) {
     ProjectGateLayer& layer = layers[l];
     layer.kind = call.activation_of(a.kinds[l]);
-    if (layer.kind != Activation::identity) a.saved[l] = with_unit_columns(a.saved[l]);
+    if (layer.kind != Activation::identity) a.saved[l] = with_unit_columns(call, a.saved[l]);
     layer.columns = a.saved[l].size(1);
     layer.saved = a.saved[l].data_ptr(), layer.saved_row = a.saved[l].stride(0);
     layer.param = a.params[l];

@@ -22,4 +22,4 @@ std::tuple<Tensor, Tensor> gate(Tensor grad, Tensor saved, int64_t kind, double 
 }  // namespace
 }  // namespace fastdfa
 
-STABLE_TORCH_LIBRARY_IMPL(fastdfa, CPU, m) { m.impl("gate", TORCH_BOX(&fastdfa::gate)); }
+FASTDFA_IMPLEMENT(gate)

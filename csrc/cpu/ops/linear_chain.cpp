@@ -41,6 +41,4 @@ std::vector<Tensor> linear_chain(Tensor x, std::vector<Tensor> weights,
 }  // namespace
 }  // namespace fastdfa
 
-STABLE_TORCH_LIBRARY_IMPL(fastdfa, CPU, m) {
-  m.impl("linear_chain", TORCH_BOX(&fastdfa::linear_chain));
-}
+FASTDFA_IMPLEMENT(linear_chain)

@@ -17,7 +17,7 @@ inline ActivateParams activate_params(const OpCall& call, const Tensor& x,
   STD_TORCH_CHECK(x.dim() >= 1, call.op, ": x must have at least one dimension, got shape ",
                   text(x));
   STD_TORCH_CHECK(x.is_contiguous(), call.op, ": x must be contiguous, got shape ", text(x));
-  p.kind = call.activation_from_output(kind);
+  p.kind = call.activation_from_output(kind, param);
   p.param = param;
   p.x = x.data_ptr();
   p.elements = x.numel(), p.columns = x.size(x.dim() - 1);

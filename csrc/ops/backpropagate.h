@@ -26,7 +26,7 @@ class BackpropagateWork {
       set_a(g, results.empty() ? delta : results.back());
       g.b = w.data_ptr(), g.b_row = w.stride(0), g.b_column = w.stride(1);
       g.columns = g.c_row = w.size(1);
-      g.kind = call.activation_of(kinds[i]), g.param = params[i];
+      g.kind = call.activation_of(kinds[i], params[i]), g.param = params[i];
       if (g.kind != Activation::identity) saved[i] = with_unit_columns(call, saved[i]);
       g.saved = saved[i].data_ptr(), g.saved_row = saved[i].stride(0);
       g.sums = sums->partial(i);
@@ -63,9 +63,7 @@ class BackpropagateWork {
       STD_TORCH_CHECK(saved[i].size(0) == delta.size(0) && saved[i].size(1) == above, call.op, ": ",
                       saved_name, " must have shape [", delta.size(0), ", ", above, "], got ",
                       text(saved[i]));
-      STD_TORCH_CHECK(call.activation_of(kinds[i]) == Activation::identity || params[i] >= 0,
-                      call.op, ": ", element("params", i), " must not be negative, got ",
-                      params[i]);
+      call.activation_of(kinds[i], params[i]);
     }
   }
 

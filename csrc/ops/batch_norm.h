@@ -21,7 +21,7 @@ class BatchNormWork {
         running{given[0], given[1]} {
     call.check_matrix("a", a);
     p.dtype = call.dtype_of("a", a);
-    p.kind = call.activation_from_output(kind), p.param = param;
+    p.kind = call.activation_from_output(kind, param), p.param = param;
     p.rows = a.size(0), p.columns = a.size(1);
     p.training = training, p.momentum = momentum, p.eps = eps;
     check_statistics(call);

@@ -201,14 +201,17 @@ struct OpCall {
     }
   }
 
-  Activation activation_of(int64_t kind) const {
+  Activation activation_of(int64_t kind, double param) const {
     STD_TORCH_CHECK(kind >= 0 && kind < activation_count, op, ": kind must be in 0 .. ",
                     activation_count - 1, ", got ", kind);
-    return static_cast<Activation>(kind);
+    const Activation activation = static_cast<Activation>(kind);
+    STD_TORCH_CHECK(activation == Activation::identity || param >= 0, op,
+                    ": param must not be negative, got ", param);
+    return activation;
   }
 
-  Activation activation_from_output(int64_t kind) const {
-    const Activation activation = activation_of(kind);
+  Activation activation_from_output(int64_t kind, double param) const {
+    const Activation activation = activation_of(kind, param);
     STD_TORCH_CHECK(
         derivative_from_output(activation), op,
         ": kind must be one whose derivative is a function of the output (0 .. 6), got ", kind);

@@ -17,7 +17,7 @@ class LayerNormWork {
       : weight(std::move(weight)), bias(std::move(bias)) {
     call.check_matrix("a", a);
     p.dtype = call.dtype_of("a", a);
-    p.kind = call.activation_from_output(kind), p.param = param, p.eps = eps;
+    p.kind = call.activation_from_output(kind, param), p.param = param, p.eps = eps;
     p.rows = a.size(0), p.columns = a.size(1);
     STD_TORCH_CHECK(p.columns > 0, call.op, ": a must have columns, got shape ", text(a));
     prepare(call, "weight", this->weight, p.columns, p.dtype);

@@ -28,7 +28,7 @@ class LinearChainWork {
         bias = call.contiguous(*bias);
         g.bias = bias->data_ptr();
       }
-      g.kind = call.activation_of(kinds[l]), g.param = params[l];
+      g.kind = call.activation_of(kinds[l], params[l]), g.param = params[l];
       problems.push_back(g);
     }
   }
@@ -54,10 +54,7 @@ class LinearChainWork {
                       " columns, as its input has, got shape ", text(weights[l]));
       inputs = weights[l].size(0);
       if (biases[l]) check_bias(call, element("biases", l), *biases[l], inputs, wide_type(type));
-      STD_TORCH_CHECK(derivative_from_output(call.activation_of(kinds[l])), call.op,
-                      ": kind must be one whose derivative is a function of the output (0 .. 6), "
-                      "got ",
-                      kinds[l]);
+      call.activation_from_output(kinds[l], params[l]);
     }
   }
 

@@ -77,9 +77,7 @@ inline void check_project_gate(const OpCall& call, const ProjectGateArguments& a
     call.check_dtype(name, saved, a.saved[0].scalar_type());
     STD_TORCH_CHECK(saved.size(0) == a.error.size(0), call.op, ": ", name, " must have ",
                     a.error.size(0), " rows, as error has, got shape ", text(saved));
-    STD_TORCH_CHECK(call.activation_of(a.kinds[l]) == Activation::identity || a.params[l] >= 0,
-                    call.op, ": ", element("params", l), " must not be negative, got ",
-                    a.params[l]);
+    call.activation_of(a.kinds[l], a.params[l]);
     widest = max(widest, saved.size(1));
   }
   for (size_t i = 0; !a.saved.empty() && i < a.feedback.size(); ++i)
@@ -139,7 +137,7 @@ class ProjectGateWork {
  private:
   void set_layer(const OpCall& call, size_t l) {
     ProjectGateLayer& layer = layers[l];
-    layer.kind = call.activation_of(a.kinds[l]);
+    layer.kind = call.activation_of(a.kinds[l], a.params[l]);
     if (layer.kind != Activation::identity) a.saved[l] = with_unit_columns(call, a.saved[l]);
     layer.columns = a.saved[l].size(1);
     layer.saved = a.saved[l].data_ptr(), layer.saved_row = a.saved[l].stride(0);

@@ -3,11 +3,11 @@ anything is written, or the result is the right one (contract 10). Through the f
 the raw ops, as torch.export, AOTInductor and sharding call these."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +26,6 @@ from helpers.operands import (
     replaced,
 )
 
-TESTS = Path(__file__).parents[1]
 READ = [(op, name) for op, name in EVERY if name not in WRITTEN.get(op, [])]
 OVERWRITTEN = [(op, name) for op, names in WRITTEN.items() for name in names]
 
@@ -45,10 +44,9 @@ def test_every_op_is_here():
 @pytest.mark.parametrize("way", WAYS)
 def test_memory_that_is_not_there_is_named(way):
     """Freed, made smaller, or never there: what reads it may end the process."""
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     run = subprocess.run(
         [sys.executable, "-m", "helpers.operands", way],
-        env={**os.environ, "PYTHONPATH": paths, "FASTDFA_GEMM": "fastdfa"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FASTDFA_GEMM": "fastdfa"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     lines = run.stdout.splitlines()
@@ -229,6 +227,29 @@ def test_strides_beyond_2_31(op, name, gibibytes):
         close(a, b)
     if name in WRITTEN.get(op, []):
         close(far, operands(op, expected)[name])
+
+
+KINDS = [
+    ("project_gate", 6), ("gate", 2), ("activate_", 2), ("batch_norm", 8), ("layer_norm", 4),
+    ("linear_chain", 3), ("backpropagate", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("op, place", KINDS)
+def test_kinds_and_params_out_of_range_are_refused(op, place, way):
+    """By each op: of an unknown kind a kernel writes nothing."""
+    for kind, param, word in (
+        (10, 0.0, "kind"),
+        (-1, 0.0, "kind"),
+        (2, -0.5, "param"),
+        (2, math.nan, "param"),
+    ):
+        arguments = list(copy.deepcopy(calls()[op]))
+        for i, value in ((place, kind), (place + 1, param)):
+            several = isinstance(arguments[i], list)
+            arguments[i] = [value] * len(arguments[i]) if several else value
+        assert word in (refusal(way, op, arguments) or ""), (kind, param)
 
 
 @needs_extension

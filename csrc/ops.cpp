@@ -1,8 +1,8 @@
 // Every op's schema on one page. What belongs to an op `foo` has that stem: its arguments and
 // checks in ops/foo.h, its implementations in cpu/ops/foo.cpp and cuda/ops/foo.cpp, the parameters
 // of its kernels in foo.h and these in cpu/foo.cpp and cuda/foo.cu; a norm's backward stands beside
-// it; linear_chain, weight_gradients and backpropagate share the products of gemm.h. Twins in plain
-// PyTorch: fastdfa/ops/reference.py, which is the specification.
+// it; linear_chain, weight_gradients and backpropagate share the
+// products of gemm.h. Twins in plain PyTorch: fastdfa/ops/reference.py, which is the specification.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastdfa, m) {

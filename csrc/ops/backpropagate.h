@@ -16,18 +16,18 @@ class BackpropagateWork {
                     const std::vector<double>& params)
       : delta(top), weights(std::move(weights_)), saved(std::move(saved_)) {
     check(call, kinds, params);
-    delta = with_a_unit_stride(delta);
+    delta = with_a_unit_stride(call, delta);
     std::vector<int64_t> columns;
     for (const Tensor& w : weights) columns.push_back(w.size(1));
     sums.emplace(call, columns, gemm_chunks(delta.size(0)), call.dtype_of("delta", delta));
     for (size_t i = 0; i < weights.size(); ++i) {
-      const Tensor w = weights[i] = with_a_unit_stride(weights[i]);
+      const Tensor w = weights[i] = with_a_unit_stride(call, weights[i]);
       GemmProblem g{};
       set_a(g, results.empty() ? delta : results.back());
       g.b = w.data_ptr(), g.b_row = w.stride(0), g.b_column = w.stride(1);
       g.columns = g.c_row = w.size(1);
-      g.kind = call.activation_of(kinds[i]), g.param = params[i];
-      if (g.kind != Activation::identity) saved[i] = with_unit_columns(saved[i]);
+      g.kind = call.activation_of(kinds[i], params[i]), g.param = params[i];
+      if (g.kind != Activation::identity) saved[i] = with_unit_columns(call, saved[i]);
       g.saved = saved[i].data_ptr(), g.saved_row = saved[i].stride(0);
       g.sums = sums->partial(i);
       results.push_back(call.empty({g.rows, g.columns}, delta.scalar_type()));
@@ -49,7 +49,7 @@ class BackpropagateWork {
                     call.op, ": saved, kinds and params must have one entry for each of the ",
                     count, " weights, got ", saved.size(), ", ", kinds.size(), " and ",
                     params.size());
-    const ScalarType type = delta.scalar_type();
+    const ScalarType type = call.type_of("delta", delta);
     check_gemm_operand(call, "delta", delta, type);
     int64_t above = delta.size(1);
     for (size_t i = 0; i < count; ++i) {
@@ -63,9 +63,7 @@ class BackpropagateWork {
       STD_TORCH_CHECK(saved[i].size(0) == delta.size(0) && saved[i].size(1) == above, call.op, ": ",
                       saved_name, " must have shape [", delta.size(0), ", ", above, "], got ",
                       text(saved[i]));
-      STD_TORCH_CHECK(call.activation_of(kinds[i]) == Activation::identity || params[i] >= 0,
-                      call.op, ": ", element("params", i), " must not be negative, got ",
-                      params[i]);
+      call.activation_of(kinds[i], params[i]);
     }
   }
 

@@ -11,23 +11,26 @@ class BatchNormWork {
   BatchNormParams p{};
   Tensor h, mean, rstd;
 
-  BatchNormWork(const OpCall& call, const Tensor& a, std::optional<Tensor> weight,
-                std::optional<Tensor> bias, std::optional<Tensor> running_mean,
+  BatchNormWork(const OpCall& call, const Tensor& a, const std::optional<Tensor>& weight,
+                const std::optional<Tensor>& bias, std::optional<Tensor> running_mean,
                 std::optional<Tensor> running_var, bool training, double momentum, double eps,
                 int64_t kind, double param)
-      : weight(std::move(weight)),
-        bias(std::move(bias)),
+      : weight(weight),
+        bias(bias),
         given{std::move(running_mean), std::move(running_var)},
         running{given[0], given[1]} {
     call.check_matrix("a", a);
     p.dtype = call.dtype_of("a", a);
-    p.kind = call.activation_from_output(kind), p.param = param;
+    p.kind = call.activation_from_output(kind, param), p.param = param;
     p.rows = a.size(0), p.columns = a.size(1);
     p.training = training, p.momentum = momentum, p.eps = eps;
     check_statistics(call);
     prepare(call, "weight", this->weight, p.columns, p.dtype);
     prepare(call, "bias", this->bias, p.columns, p.dtype);
-    this->a = with_unit_columns(a);
+    if (training)
+      call.check_written({{"running_mean", or_null(given[0])}, {"running_var", or_null(given[1])}},
+                         {{"a", &a}, {"weight", or_null(weight)}, {"bias", or_null(bias)}});
+    this->a = with_unit_columns(call, a);
     p.a = this->a.data_ptr(), p.a_row = this->a.stride(0);
     p.weight = data_or_null(this->weight), p.bias = data_or_null(this->bias);
     p.running_mean = const_cast<void*>(data_or_null(running[0]));
@@ -70,19 +73,24 @@ class BatchNormBackwardWork {
 
   BatchNormBackwardWork(const OpCall& call, const Tensor& delta, const Tensor& delta_sums,
                         const Tensor& a, const Tensor& mean, const Tensor& rstd,
-                        std::optional<Tensor> weight, bool training)
-      : weight(std::move(weight)) {
+                        const std::optional<Tensor>& weight, bool training)
+      : weight(weight) {
     check_delta(call, delta, a);
-    this->a = with_unit_columns(a);
+    this->a = with_unit_columns(call, a);
     p.dtype = call.dtype_of("delta", delta);
     p.rows = delta.size(0), p.columns = delta.size(1), p.training = training;
     const Tensor* const given[] = {&delta_sums, &mean, &rstd};
     const char* const names[] = {"delta_sums", "mean", "rstd"};
     for (int i = 0; i < 3; ++i) {
       call.check_vector(names[i], *given[i], p.columns, p.dtype);
-      read[i] = as_kernels_read(*given[i], p.dtype);
+      read[i] = as_kernels_read(call, *given[i], p.dtype);
     }
     prepare(call, "weight", this->weight, p.columns, p.dtype);
+    call.check_written({{"delta", &delta}}, {{"a", &a},
+                                             {"delta_sums", &delta_sums},
+                                             {"mean", &mean},
+                                             {"rstd", &rstd},
+                                             {"weight", or_null(weight)}});
     p.delta = delta.data_ptr(), p.delta_row = delta.stride(0);
     p.a = this->a.data_ptr(), p.a_row = this->a.stride(0);
     p.delta_sums = read[0].data_ptr(), p.mean = read[1].data_ptr(), p.rstd = read[2].data_ptr();

@@ -17,12 +17,12 @@ class LayerNormWork {
       : weight(std::move(weight)), bias(std::move(bias)) {
     call.check_matrix("a", a);
     p.dtype = call.dtype_of("a", a);
-    p.kind = call.activation_from_output(kind), p.param = param, p.eps = eps;
+    p.kind = call.activation_from_output(kind, param), p.param = param, p.eps = eps;
     p.rows = a.size(0), p.columns = a.size(1);
     STD_TORCH_CHECK(p.columns > 0, call.op, ": a must have columns, got shape ", text(a));
     prepare(call, "weight", this->weight, p.columns, p.dtype);
     prepare(call, "bias", this->bias, p.columns, p.dtype);
-    this->a = with_unit_columns(a);
+    this->a = with_unit_columns(call, a);
     p.a = this->a.data_ptr(), p.a_row = this->a.stride(0);
     p.weight = data_or_null(this->weight), p.bias = data_or_null(this->bias);
     h = call.empty({p.rows, p.columns}, a.scalar_type());
@@ -42,17 +42,20 @@ class LayerNormBackwardWork {
   std::optional<BiasSums> sums;  // the gradient of the weight, and the sum of that of a
 
   LayerNormBackwardWork(const OpCall& call, const Tensor& delta, const Tensor& a,
-                        const Tensor& mean, const Tensor& rstd, std::optional<Tensor> weight)
-      : weight(std::move(weight)) {
+                        const Tensor& mean, const Tensor& rstd, const std::optional<Tensor>& weight)
+      : weight(weight) {
     check_delta(call, delta, a);
-    this->a = with_unit_columns(a);
+    this->a = with_unit_columns(call, a);
     p.dtype = call.dtype_of("delta", delta);
     p.rows = delta.size(0), p.columns = delta.size(1);
     STD_TORCH_CHECK(p.columns > 0, call.op, ": delta must have columns, got shape ", text(delta));
     call.check_vector("mean", mean, p.rows, p.dtype);
     call.check_vector("rstd", rstd, p.rows, p.dtype);
-    this->mean = as_kernels_read(mean, p.dtype), this->rstd = as_kernels_read(rstd, p.dtype);
+    this->mean = as_kernels_read(call, mean, p.dtype),
+    this->rstd = as_kernels_read(call, rstd, p.dtype);
     prepare(call, "weight", this->weight, p.columns, p.dtype);
+    call.check_written({{"delta", &delta}},
+                       {{"a", &a}, {"mean", &mean}, {"rstd", &rstd}, {"weight", or_null(weight)}});
     p.delta = delta.data_ptr(), p.delta_row = delta.stride(0);
     p.a = this->a.data_ptr(), p.a_row = this->a.stride(0);
     p.mean = this->mean.data_ptr(), p.rstd = this->rstd.data_ptr();

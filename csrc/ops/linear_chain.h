@@ -15,9 +15,9 @@ class LinearChainWork {
                   const std::vector<int64_t>& kinds, const std::vector<double>& params)
       : x(input), weights(weights), biases(biases) {
     check(call, input, kinds, params);
-    x = with_a_unit_stride(x);
+    x = with_a_unit_stride(call, x);
     for (size_t l = 0; l < weights.size(); ++l) {
-      const Tensor w = this->weights[l] = with_a_unit_stride(weights[l]);
+      const Tensor w = this->weights[l] = with_a_unit_stride(call, weights[l]);
       GemmProblem g{};
       set_a(g, results.empty() ? x : results.back());
       g.b = w.data_ptr(), g.b_row = w.stride(1), g.b_column = w.stride(0);
@@ -25,10 +25,10 @@ class LinearChainWork {
       results.push_back(call.empty({g.rows, g.columns}, input.scalar_type()));
       g.c = results.back().data_ptr();
       if (auto& bias = this->biases[l]) {
-        bias = torch::stable::contiguous(*bias);
+        bias = call.contiguous(*bias);
         g.bias = bias->data_ptr();
       }
-      g.kind = call.activation_of(kinds[l]), g.param = params[l];
+      g.kind = call.activation_of(kinds[l], params[l]), g.param = params[l];
       problems.push_back(g);
     }
   }
@@ -44,7 +44,7 @@ class LinearChainWork {
                     call.op, ": biases, kinds and params must have one entry for each of the ",
                     layers, " weights, got ", biases.size(), ", ", kinds.size(), " and ",
                     params.size());
-    const ScalarType type = input.scalar_type();
+    const ScalarType type = call.type_of("x", input);
     check_gemm_operand(call, "x", input, type);
     int64_t inputs = input.size(1);
     for (size_t l = 0; l < layers; ++l) {
@@ -54,16 +54,13 @@ class LinearChainWork {
                       " columns, as its input has, got shape ", text(weights[l]));
       inputs = weights[l].size(0);
       if (biases[l]) check_bias(call, element("biases", l), *biases[l], inputs, wide_type(type));
-      STD_TORCH_CHECK(derivative_from_output(call.activation_of(kinds[l])), call.op,
-                      ": kind must be one whose derivative is a function of the output (0 .. 6), "
-                      "got ",
-                      kinds[l]);
+      call.activation_from_output(kinds[l], params[l]);
     }
   }
 
   static void check_bias(const OpCall& call, const std::string& name, const Tensor& bias,
                          int64_t columns, ScalarType type) {
-    call.check_device(name, bias);
+    call.check_operand(name, bias);
     STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == columns, call.op, ": ", name,
                     " must have shape [", columns, "], got ", text(bias));
     call.check_dtype(name, bias, type);

@@ -8,10 +8,12 @@
 namespace fastdfa {
 
 // What is per column, or per row, as the kernels read it: contiguous, in the accumulation type.
-inline Tensor as_kernels_read(const Tensor& t, DType dtype) {
-  const Tensor wide = as_type(t, accumulation_type(dtype));
-  return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+inline Tensor as_kernels_read(const OpCall& call, const Tensor& t, DType dtype) {
+  const Tensor wide = as_type(call, t, accumulation_type(dtype));
+  return wide.is_contiguous() ? wide : call.contiguous(wide);
 }
+
+inline const Tensor* or_null(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
 
 inline const void* data_or_null(const std::optional<Tensor>& t) {
   return t ? t->data_ptr() : nullptr;
@@ -22,7 +24,7 @@ inline void prepare(const OpCall& call, const char* name, std::optional<Tensor>&
                     DType dtype) {
   if (!t) return;
   call.check_vector(name, *t, n, dtype);
-  t = as_kernels_read(*t, dtype);
+  t = as_kernels_read(call, *t, dtype);
 }
 
 // Delta is overwritten where it lies.

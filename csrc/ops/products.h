@@ -7,8 +7,8 @@
 namespace fastdfa {
 
 // A matrix as the products read it, one of its strides being 1.
-inline Tensor with_a_unit_stride(const Tensor& t) {
-  return t.stride(0) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+inline Tensor with_a_unit_stride(const OpCall& call, const Tensor& t) {
+  return t.stride(0) == 1 || t.stride(1) == 1 ? t : call.contiguous(t);
 }
 
 inline void check_gemm_operand(const OpCall& call, const std::string& name, const Tensor& t,

@@ -55,7 +55,7 @@ inline void check_feedback(const OpCall& call, const ProjectGateArguments& a, si
   call.check_matrix(name, b);
   if (i > 0) {
     call.check_dtype(name, b, a.feedback[0].scalar_type());
-  } else if (b.scalar_type() != a.saved[0].scalar_type()) {
+  } else if (call.type_of(name, b) != a.saved[0].scalar_type()) {
     call.check_dtype(name, b, accumulation_type(call.dtype_of("saved[0]", a.saved[0])));
   }
   STD_TORCH_CHECK(b.size(0) == a.error.size(1) && b.size(1) >= columns, call.op, ": ", name,
@@ -77,9 +77,7 @@ inline void check_project_gate(const OpCall& call, const ProjectGateArguments& a
     call.check_dtype(name, saved, a.saved[0].scalar_type());
     STD_TORCH_CHECK(saved.size(0) == a.error.size(0), call.op, ": ", name, " must have ",
                     a.error.size(0), " rows, as error has, got shape ", text(saved));
-    STD_TORCH_CHECK(call.activation_of(a.kinds[l]) == Activation::identity || a.params[l] >= 0,
-                    call.op, ": ", element("params", l), " must not be negative, got ",
-                    a.params[l]);
+    call.activation_of(a.kinds[l], a.params[l]);
     widest = max(widest, saved.size(1));
   }
   for (size_t i = 0; !a.saved.empty() && i < a.feedback.size(); ++i)
@@ -102,7 +100,7 @@ class ProjectGateWork {
     p.layers = layers.data(), p.layer_count = static_cast<int64_t>(layers.size());
     p.shared = a.shared(), p.allow_tf32 = a.allow_tf32;
     p.seed = static_cast<uint64_t>(a.seed), p.distribution = call.distribution_of(a.distribution);
-    for (Tensor& b : a.feedback) b = with_unit_columns(b);
+    for (Tensor& b : a.feedback) b = with_unit_columns(call, b);
     for (size_t l = 0; l < layers.size(); ++l) set_layer(call, l);
   }
   ProjectGateWork(const ProjectGateWork&) = delete;
@@ -139,8 +137,8 @@ class ProjectGateWork {
  private:
   void set_layer(const OpCall& call, size_t l) {
     ProjectGateLayer& layer = layers[l];
-    layer.kind = call.activation_of(a.kinds[l]);
-    if (layer.kind != Activation::identity) a.saved[l] = with_unit_columns(a.saved[l]);
+    layer.kind = call.activation_of(a.kinds[l], a.params[l]);
+    if (layer.kind != Activation::identity) a.saved[l] = with_unit_columns(call, a.saved[l]);
     layer.columns = a.saved[l].size(1);
     layer.saved = a.saved[l].data_ptr(), layer.saved_row = a.saved[l].stride(0);
     layer.param = a.params[l];

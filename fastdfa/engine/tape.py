@@ -181,13 +181,8 @@ def chosen_by(root: TrainedRoot, layer: nn.Module) -> bool:
     return root.cut_at is None or _is_among(root, layer)
 
 
-<<<<<<< HEAD
-# A constant of a compiled step, as Dynamo guards its arguments: without, what it has compiled of
-# one layer served all of its class where they are compiled one by one, as behind a graph break.
-=======
 # A constant of a compiled step, as Dynamo guards its arguments: else what it has compiled of one
 # layer served all layers of its class where they are compiled one by one, as behind a graph break.
->>>>>>> fuzz
 @constant
 def _is_among(root: TrainedRoot, layer: nn.Module) -> bool:
     return root.cut_at is not None and layer in root.cut_at

@@ -10,12 +10,10 @@ an activation, a code of `fastdfa.activations.KINDS` and its parameter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..activations import FIRST_KIND_FROM_INPUT, KINDS
 from . import checks, fakes, loading, products, reference
 from .checks import DISTRIBUTIONS
 from .norms import batch_norm, batch_norm_backward_, layer_norm, layer_norm_backward_
@@ -61,10 +59,7 @@ def fill_feedback_(out: Tensor, seed: int, stream: int = 0, distribution: str = 
         ValueError, TypeError: where `out` or the distribution is none of these.
     """
     code = checks.distribution_code(distribution)
-    checks.check_matrix("out", out)
-    if out.shape[1] > 1 and out.stride(1) != 1:
-        raise ValueError(f"out must have contiguous rows, got strides {tuple(out.stride())}")
-    loading.ops_of(out).fill_feedback_(out, seed, stream, code)
+    loading.call("fill_feedback_", (out, seed, stream, code), checks.check_fill_feedback)
 
 
 def feedback(
@@ -151,25 +146,10 @@ def project_gate(
         ValueError, TypeError: where shapes, lengths, dtypes or devices do not fit.
     """
     code = checks.distribution_code(distribution)
-    if not isinstance(error, Tensor):
-        raise TypeError(f"error must be a tensor, got {type(error).__name__}")
-    results: list[Tensor]
-    if not loading.available(error.device.type):
-        # A traced call is checked by nobody: Dynamo knows too little of the shapes here.
-        if not torch.compiler.is_compiling():
-            checks.check_project_gate(error, feedback, saved, kinds, params, scales, streams)
-        if not feedback and saved:
-            feedback = _generate(error, saved, seed, streams, distribution)
-        results = reference.project_gate(error, feedback, saved, kinds, params, scales, sum_error)
-    else:
-        try:
-            results = torch.ops.fastdfa.project_gate(
-                error, feedback, seed, streams, code, saved, kinds, params, scales, sum_error,
-                allow_tf32,
-            )  # fmt: skip
-        except RuntimeError:
-            checks.check_project_gate(error, feedback, saved, kinds, params, scales, streams)
-            raise
+    arguments = (
+        error, feedback, seed, streams, code, saved, kinds, params, scales, sum_error, allow_tf32
+    )  # fmt: skip
+    results: list[Tensor] = loading.call("project_gate", arguments, checks.check_project_gate)
     return results[: len(saved)], results[len(saved) :]
 
 
@@ -186,10 +166,8 @@ def gate(grad: Tensor, saved: Tensor, kind: int, param: float = 0.0) -> tuple[Te
     Raises:
         ValueError, TypeError: where shapes, dtypes or devices do not fit.
     """
-    checks.check_kinds([kind], [param], KINDS)
-    checks.check_matrix("grad", grad)
-    checks.check_like("saved", saved, grad, grad.shape)
-    result: tuple[Tensor, Tensor] = loading.ops_of(grad).gate(grad, saved, kind, param)
+    result: tuple[Tensor, Tensor]
+    result = loading.call("gate", (grad, saved, kind, param), checks.check_gate)
     return result
 
 
@@ -203,13 +181,7 @@ def activate_(x: Tensor, bias: Tensor | None, kind: int, param: float = 0.0) -> 
     Raises:
         ValueError, TypeError: where shapes, dtypes or devices do not fit.
     """
-    checks.check_kinds([kind], [param], KINDS[:FIRST_KIND_FROM_INPUT])
-    checks.check_dtype("x", x)
-    if not x.is_contiguous():
-        raise ValueError(f"x must be contiguous, got strides {tuple(x.stride())}")
-    if bias is not None:
-        checks.check_bias(x, bias)
-    loading.ops_of(x).activate_(x, bias, kind, param)
+    loading.call("activate_", (x, bias, kind, param), checks.check_activate)
 
 
 def linear_chain(
@@ -234,9 +206,20 @@ def linear_chain(
     Raises:
         ValueError, TypeError, RuntimeError: where shapes, lengths, dtypes or devices do not fit.
     """
+    arguments = (x, weights, biases, kinds, params)
+    made: list[Tensor] = loading.checked(_linear_chain, arguments, checks.check_linear_chain)
+    return made
+
+
+def _linear_chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    kinds: Sequence[int],
+    params: Sequence[float],
+) -> list[Tensor]:
     wide = len(weights) > 0 and weights[0].dtype != x.dtype
     if products.multiplies(x, wide):
-        checks.check_kinds(kinds, params, KINDS[:FIRST_KIND_FROM_INPUT])
         if x.dtype == torch.bfloat16:
             biases = [bias if bias is None else bias.float() for bias in biases]
         made: list[Tensor] = torch.ops.fastdfa.linear_chain(x, weights, biases, kinds, params)
@@ -250,7 +233,7 @@ def linear_chain(
     outputs = []
     for weight, bias, kind, param in zip(weights, biases, kinds, params, strict=True):
         bias = bias.float() if bias is not None and bias.dtype == x.dtype else bias
-        (h,) = linear_chain(x.float(), [weight.float()], [bias], [kind], [param])
+        (h,) = _linear_chain(x.float(), [weight.float()], [bias], [kind], [param])
         x = h.to(x.dtype)
         outputs.append(x)
     return outputs
@@ -269,15 +252,23 @@ def weight_gradients(
     Raises:
         ValueError, TypeError, RuntimeError: where shapes, lengths, dtypes or devices do not fit.
     """
-    if len(deltas) != len(inputs):
-        raise ValueError(f"inputs must be as many as the {len(deltas)} deltas, got {len(inputs)}")
+    arguments = (deltas, inputs, wide)
+    made: list[Tensor]
+    made = loading.checked(_weight_gradients, arguments, checks.check_weight_gradients)
+    return made
+
+
+def _weight_gradients(
+    deltas: Sequence[Tensor], inputs: Sequence[Tensor], wide: bool = False
+) -> list[Tensor]:
+    checks.check_lengths(len(deltas), "deltas", inputs=inputs)
     if deltas and products.multiplies(deltas[0], wide):
         made: list[Tensor] = torch.ops.fastdfa.weight_gradients(deltas, inputs)
         return made
     if deltas and products.widens(*deltas, *inputs):
         # One by one, as copies of a group would take half of a step's memory more.
         pairs = zip(deltas, inputs, strict=True)
-        widened = (weight_gradients([d.float()], [x.float()])[0] for d, x in pairs)
+        widened = (_weight_gradients([d.float()], [x.float()])[0] for d, x in pairs)
         return [grad if wide else grad.to(deltas[0].dtype) for grad in widened]
     grads = products.weight_gradients(deltas, inputs)
     return [grad.to(accumulation_dtype(grad.dtype)) for grad in grads] if wide else grads
@@ -316,39 +307,35 @@ def backpropagate(
     if torch.compiler.is_compiling():
         results = reference.backpropagate(delta, weights, saved, kinds, params)
         return results[:count], results[count:]
-    checks.check_dtype("delta", delta)
-    wide = count > 0 and weights[0].dtype != delta.dtype
+    arguments = (delta, weights, saved, kinds, params)
+    results = loading.checked(_backpropagate, arguments, checks.check_backpropagate)
+    return results[:count], results[count:]
+
+
+def _backpropagate(
+    delta: Tensor,
+    weights: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    kinds: Sequence[int],
+    params: Sequence[float],
+) -> list[Tensor]:
+    wide = len(weights) > 0 and weights[0].dtype != delta.dtype
     if products.multiplies(delta, wide):
-        try:
-            results = torch.ops.fastdfa.backpropagate(delta, weights, saved, kinds, params)
-        except RuntimeError:
-            checks.check_backpropagate(delta, weights, saved, kinds, params)
-            raise
-        return results[:count], results[count:]
+        made: list[Tensor] = torch.ops.fastdfa.backpropagate(delta, weights, saved, kinds, params)
+        return made
     checks.check_backpropagate(delta, weights, saved, kinds, params)
     with torch.no_grad():
         if not products.widens(delta):
-            results = reference.backpropagate(delta, weights, saved, kinds, params, gate)
-            return results[:count], results[count:]
+            return reference.backpropagate(delta, weights, saved, kinds, params, gate)
     deltas, sums = [], []
     for weight, h, kind, param in zip(weights, saved, kinds, params, strict=True):
         rounded = weight.to(delta.dtype).float()
-        (made,), (total,) = backpropagate(delta.float(), [rounded], [h.float()], [kind], [param])
-        delta = made.to(delta.dtype)
+        one = (delta.float(), [rounded], [h.float()], [kind], [param])
+        lower, total = _backpropagate(*one)
+        delta = lower.to(delta.dtype)
         deltas.append(delta)
         sums.append(total)
-    return deltas, sums
-
-
-def _generate(
-    error: Tensor, saved: Sequence[Tensor], seed: int, streams: Sequence[int], distribution: str
-) -> list[Tensor]:
-    """Makes the matrices that the kernel would generate piece by piece."""
-    dtype, widths = accumulation_dtype(saved[0].dtype), [h.shape[1] for h in saved]
-    draw = partial(feedback, error.shape[1], seed=seed, dtype=dtype, device=error.device)
-    widths = widths if len(streams) > 1 else [max(widths)]
-    pairs = zip(widths, streams, strict=True)
-    return [draw(n, stream=stream, distribution=distribution) for n, stream in pairs]
+    return deltas + sums
 
 
 loading.load()

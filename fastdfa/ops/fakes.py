@@ -6,14 +6,14 @@ are those of the schemas in csrc/ops.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .checks import check_devices
+from .checks import check_one_device
 from .reference import accumulation_dtype
 
 Shape = Sequence[int]
@@ -21,16 +21,36 @@ Shape = Sequence[int]
 
 def register() -> None:
     """Registers all fakes and FLOP formulas; the ops must have been loaded."""
-    for name in ("fill_feedback_", "activate_"):
-        torch.library.register_fake(f"fastdfa::{name}", lambda *args: None)  # write in place
-    for fake in (project_gate, gate, linear_chain, weight_gradients, backpropagate):
-        torch.library.register_fake(f"fastdfa::{fake.__name__}", fake)
-    for norm in (batch_norm, layer_norm):
-        torch.library.register_fake(f"fastdfa::{norm.__name__}", norm)
-        torch.library.register_fake(f"fastdfa::{norm.__name__}_backward_", norm_backward)
     ops = torch.ops.fastdfa
+    for fake in (project_gate, gate, linear_chain, weight_gradients, backpropagate):
+        _register(fake.__name__, fake)
+    for name in ("fill_feedback_", "activate_"):
+        _register(name, lambda *args: None)  # write in place
+    for norm in (batch_norm, layer_norm):
+        _register(norm.__name__, norm)
+        _register(f"{norm.__name__}_backward_", norm_backward)
     register_flop_formula([ops.linear_chain, ops.backpropagate])(_products_flops)
     register_flop_formula(ops.weight_gradients)(_weight_gradients_flops)
+
+
+def _register(name: str, fake: Callable[..., Any]) -> None:
+    """Registers a fake, which refuses operands on several devices.
+
+    One on the meta device takes a call to the fake, whatever the others are on: then nothing would
+    be computed, and nobody told.
+    """
+    names = [
+        argument.name for argument in getattr(torch.ops.fastdfa, name).default._schema.arguments
+    ]
+
+    def checked(*args: Any) -> Any:
+        try:
+            check_one_device(dict(zip(names, args, strict=True)))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return fake(*args)
+
+    torch.library.register_fake(f"fastdfa::{name}", checked)
 
 
 def project_gate(
@@ -42,7 +62,6 @@ def project_gate(
     saved: Sequence[Tensor],
     *args: Any,
 ) -> list[Tensor]:
-    check_devices(error, feedback=feedback, saved=saved)
     deltas = [h.new_empty(h.shape) for h in saved]
     return deltas + [h.new_empty(h.shape[1], dtype=accumulation_dtype(h.dtype)) for h in saved]
 
@@ -72,12 +91,10 @@ def norm_backward(delta: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def linear_chain(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *args: Any
 ) -> list[Tensor]:
-    check_devices(x, weights=weights, biases=[b for b in biases if b is not None])
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
 
 def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    check_devices(deltas[0], deltas=deltas, inputs=inputs)
     return [
         delta.new_empty(delta.shape[1], x.shape[1], dtype=accumulation_dtype(delta.dtype))
         for delta, x in zip(deltas, inputs, strict=True)
@@ -87,7 +104,6 @@ def weight_gradients(deltas: Sequence[Tensor], inputs: Sequence[Tensor]) -> list
 def backpropagate(
     delta: Tensor, weights: Sequence[Tensor], saved: Sequence[Tensor], *args: Any
 ) -> list[Tensor]:
-    check_devices(delta, weights=weights, saved=saved)
     widths, wide = [weight.shape[1] for weight in weights], accumulation_dtype(delta.dtype)
     deltas = [delta.new_empty(delta.shape[0], n) for n in widths]
     return deltas + [delta.new_empty(n, dtype=wide) for n in widths]

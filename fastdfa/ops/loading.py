@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -32,9 +33,38 @@ def available(device_type: str) -> bool:
     return device_type in _loaded
 
 
-def ops_of(x: Tensor) -> Any:
-    """Returns what computes on the device of x: the compiled ops, or else their twins."""
-    return torch.ops.fastdfa if x.device.type in _loaded else reference
+def call(name: str, arguments: tuple[Any, ...], check: Callable[..., None]) -> Any:
+    """Returns what the compiled op makes of these arguments, or its twin where there is none."""
+
+    def compute(first: Tensor, *others: Any) -> Any:
+        if first.device.type in _loaded:
+            return getattr(torch.ops.fastdfa, name)(first, *others)
+        with torch.no_grad():
+            return getattr(reference, name)(first, *others)
+
+    return checked(compute, arguments, check)
+
+
+def checked(
+    compute: Callable[..., Any], arguments: tuple[Any, ...], check: Callable[..., None]
+) -> Any:
+    """Returns what `compute` makes of these arguments, unless `check` refuses them.
+
+    Compiled ops check their own, at a hundredth of the cost. Where they are loaded for the device
+    of the first tensor, `check` is asked only after a failure, which it names in Python's kinds of
+    errors. A traced call is checked by nobody, as Dynamo knows too little of the shapes.
+    """
+    first = arguments[0]
+    if isinstance(first, list | tuple) and first:
+        first = first[0]
+    loaded = isinstance(first, Tensor) and first.device.type in _loaded
+    if not loaded and not torch.compiler.is_compiling():
+        check(*arguments)
+    try:
+        return compute(*arguments)
+    except Exception:
+        check(*arguments)
+        raise
 
 
 @cache

@@ -6,13 +6,10 @@ per column or row is in the dtype of a or in its accumulation dtype, what is ret
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from . import checks, loading, reference
+from . import checks
+from .loading import call
 
 
 def batch_norm(
@@ -49,7 +46,7 @@ def batch_norm(
     arguments = (
         a, weight, bias, running_mean, running_var, training, momentum, eps, kind, param
     )  # fmt: skip
-    made: tuple[Tensor, Tensor, Tensor] = _call("batch_norm", a, arguments, checks.check_batch_norm)
+    made: tuple[Tensor, Tensor, Tensor] = call("batch_norm", arguments, checks.check_batch_norm)
     return made
 
 
@@ -77,8 +74,8 @@ def batch_norm_backward_(
         ValueError, TypeError: where shapes, dtypes or devices do not fit.
     """
     arguments = (delta, delta_sums, a, mean, rstd, weight, training)
-    made: tuple[Tensor, Tensor] = _call(
-        "batch_norm_backward_", delta, arguments, checks.check_batch_norm_backward
+    made: tuple[Tensor, Tensor] = call(
+        "batch_norm_backward_", arguments, checks.check_batch_norm_backward
     )
     return made
 
@@ -105,7 +102,7 @@ def layer_norm(
         ValueError, TypeError: where shapes, dtypes or devices do not fit.
     """
     arguments = (a, weight, bias, eps, kind, param)
-    made: tuple[Tensor, Tensor, Tensor] = _call("layer_norm", a, arguments, checks.check_layer_norm)
+    made: tuple[Tensor, Tensor, Tensor] = call("layer_norm", arguments, checks.check_layer_norm)
     return made
 
 
@@ -125,23 +122,7 @@ def layer_norm_backward_(
         ValueError, TypeError: where shapes, dtypes or devices do not fit.
     """
     arguments = (delta, a, mean, rstd, weight)
-    made: tuple[Tensor, Tensor] = _call(
-        "layer_norm_backward_", delta, arguments, checks.check_layer_norm_backward
+    made: tuple[Tensor, Tensor] = call(
+        "layer_norm_backward_", arguments, checks.check_layer_norm_backward
     )
     return made
-
-
-def _call(name: str, first: Tensor, arguments: Any, check: Callable[..., None]) -> Any:
-    """Returns what the compiled op makes, or its twin where there is none.
-
-    The compiled op checks its arguments; where it refuses, the check here names what does not fit.
-    """
-    if not isinstance(first, Tensor) or not loading.available(first.device.type):
-        check(*arguments)
-        with torch.no_grad():
-            return getattr(reference, name)(*arguments)
-    try:
-        return getattr(torch.ops.fastdfa, name)(*arguments)
-    except RuntimeError:
-        check(*arguments)
-        raise

@@ -123,18 +123,29 @@ def gate(grad: Tensor, saved: Tensor, kind: int, param: float) -> tuple[Tensor, 
 def project_gate(
     error: Tensor,
     feedback: Sequence[Tensor],
+    seed: int,
+    streams: Sequence[int],
+    distribution: int,
     saved: Sequence[Tensor],
     kinds: Sequence[int],
     params: Sequence[float],
     scales: Sequence[float],
     sum_error: bool,
+    allow_tf32: bool = False,
 ) -> list[Tensor]:
     """Computes every d_l = scale_l (M if sum_error) (e B_l) * f'(saved_l), then every db_l.
 
     error [M, C]; feedback: one matrix for all layers or one for each, [C, >= n_l], of which
-    layer l takes the first n_l columns; saved [M, n_l]. Where float32 may be tf32 is torch's own
-    setting here.
+    layer l takes the first n_l columns, or none: then it is generated; saved [M, n_l]. Where
+    float32 may be tf32 is torch's own setting here.
     """
+    if not feedback and saved:
+        widths = [h.shape[1] for h in saved]
+        widths = widths if len(streams) > 1 else [max(widths)]
+        dtype = accumulation_dtype(saved[0].dtype)
+        feedback = [error.new_empty(error.shape[1], n, dtype=dtype) for n in widths]
+        for matrix, stream in zip(feedback, streams, strict=True):
+            fill_feedback_(matrix, seed, stream, distribution)
     deltas, bias_grads = [], []
     for layer, h in enumerate(saved):
         wide = accumulation_dtype(h.dtype)

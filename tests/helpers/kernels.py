@@ -8,7 +8,7 @@ import torch
 import fastdfa
 from fastdfa.ops import loading as build
 
-from .formulas import ACTIVATIONS, unit_feedback
+from .formulas import ACTIVATIONS, DISTRIBUTIONS, unit_feedback
 from .networks import assert_close, randn
 
 EXTENSION = "cpu" in fastdfa.build_info()["kernels"]
@@ -110,6 +110,13 @@ class Case:
         feedback = self.matrices if self.options["dense"] else []
         return self.error, feedback, self.saved, self.kinds, self.params, self.scales
 
+    def schema_arguments(self):
+        """As the op takes them, and its twin."""
+        error, feedback, *others = self.arguments()
+        code = DISTRIBUTIONS.index(self.options["distribution"])
+        generated = (self.seed, self.streams, code)
+        return error, feedback, *generated, *others, self.options["sum_error"], False
+
     def keywords(self):
         return dict(
             sum_error=self.options["sum_error"],
@@ -148,10 +155,7 @@ def samples():
     ops = torch.ops.fastdfa
     for dense, shared in itertools.product([True, False], [True, False]):
         case = Case(7, 3, [5, 9], ["tanh", "gelu"], torch.float32, dense=dense, shared=shared)
-        error, feedback, saved, kinds, params, scales = case.arguments()
-        yield ops.project_gate, (
-            error, feedback, case.seed, case.streams, 0, saved, kinds, params, scales, True, False
-        )  # fmt: skip
+        yield ops.project_gate, case.schema_arguments()
     in_a_row = randn(3, 7, 5).float().unbind()  # so are the deltas
     yield ops.project_gate, (
         randn(7, 3).float(), [randn(3, 5).float()], 0, [0], 0, list(in_a_row), [3] * 3, [0.0] * 3,

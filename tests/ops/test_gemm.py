@@ -290,9 +290,9 @@ def test_a_step_under_float16_autocast(library, monkeypatch, path, instructions,
 def test_float16_beside_another_dtype_is_refused(monkeypatch):
     monkeypatch.setattr(gemm, "_has_float16_products", lambda: False)
     x, weight = torch.randn(7, 5).half(), torch.randn(3, 5).double()
-    with pytest.raises(RuntimeError, match=r"[Hh]alf"):
+    with pytest.raises(TypeError, match=r"weights\[0\] .*float16, got torch.float64"):
         ops.linear_chain(x, [weight], [None], [0], [0.0])
-    with pytest.raises(RuntimeError, match=r"[Hh]alf"):
+    with pytest.raises(TypeError, match=r"inputs\[0\] .*float16, got torch.float32"):
         ops.weight_gradients([x], [torch.randn(7, 3)])
 
 
@@ -492,16 +492,16 @@ def test_weight_gradients_refuse(deltas, inputs, words):
 
 
 def test_shapes_that_do_not_fit_are_named(library):
-    with pytest.raises(RuntimeError, match=r"(7x5 and 6x3)|(6 columns|5 columns)"):
+    with pytest.raises(ValueError, match=r"weights\[0\] must have 5 columns.*\(3, 6\)"):
         ops.linear_chain(torch.randn(7, 5), [torch.randn(3, 6)], [None], [0], [0.0])
-    with pytest.raises(RuntimeError, match=r"(5x7 and 8x6)|(7 rows)"):
+    with pytest.raises(ValueError, match=r"inputs\[0\] must have 7 rows.*\(8, 6\)"):
         ops.weight_gradients([torch.randn(7, 5)], [torch.randn(8, 6)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_lists_of_other_lengths_are_refused(library, dtype):
     x = torch.randn(7, 5, dtype=dtype)
-    with pytest.raises(ValueError, match="inputs must be as many as the 2 deltas, got 1"):
+    with pytest.raises(ValueError, match="inputs must have one entry for each of 2 deltas, got 1"):
         ops.weight_gradients([x, x], [x])
 
 

@@ -142,7 +142,7 @@ def test_project_gate_of_a_matrix_in_the_dtype_of_the_layers(dtype, shared):
     case = Case(19, 100, [33, 8], ["tanh", "gelu"], dtype, shared=shared)
     case.matrices = [B.to(dtype) for B in case.matrices]
     case.check()
-    found = reference.project_gate(*case.arguments(), False)
+    found = reference.project_gate(*case.schema_arguments())
     for delta, right in zip(found[:2], case.expected()[0], strict=True):
         assert_close(delta, right, DTYPES[dtype])
 
@@ -206,7 +206,7 @@ def test_project_gate_lets_nan_and_inf_through():
 @pytest.mark.parametrize("name", KINDS)
 def test_the_twin_of_project_gate(name, dtype):
     case = Case(17, 10, [29, 30], [name, "tanh"], dtype, sum_error=True)
-    found = reference.project_gate(*case.arguments(), True)
+    found = reference.project_gate(*case.schema_arguments())
     deltas, sums = case.expected()
     for actual, right in zip(found[:2], deltas, strict=True):
         assert_close(actual, right, DTYPES[dtype])

@@ -18,4 +18,4 @@ void activate_(Tensor x, std::optional<Tensor> bias, int64_t kind, double param)
 }  // namespace
 }  // namespace fastdfa
 
-STABLE_TORCH_LIBRARY_IMPL(fastdfa, CPU, m) { m.impl("activate_", TORCH_BOX(&fastdfa::activate_)); }
+FASTDFA_IMPLEMENT(activate_)

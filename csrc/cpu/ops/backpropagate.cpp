@@ -13,8 +13,8 @@ std::vector<Tensor> backpropagate(Tensor delta, std::vector<Tensor> weights,
                                   std::vector<Tensor> saved, std::vector<int64_t> kinds,
                                   std::vector<double> params) {
   const OpCall call = call_of("backpropagate");
-  const ScalarType type = delta.scalar_type();
   BackpropagateWork work(call, delta, std::move(weights), std::move(saved), kinds, params);
+  const ScalarType type = delta.scalar_type();
   for (const GemmProblem& g : work.problems)
     type == ScalarType::BFloat16 ? multiply_bf16(call, {g}, false) : multiply(call, type, {g});
   finish(*work.sums);
@@ -24,6 +24,4 @@ std::vector<Tensor> backpropagate(Tensor delta, std::vector<Tensor> weights,
 }  // namespace
 }  // namespace fastdfa
 
-STABLE_TORCH_LIBRARY_IMPL(fastdfa, CPU, m) {
-  m.impl("backpropagate", TORCH_BOX(&fastdfa::backpropagate));
-}
+FASTDFA_IMPLEMENT(backpropagate)

@@ -35,7 +35,5 @@ std::tuple<Tensor, Tensor> batch_norm_backward_(Tensor delta, Tensor delta_sums,
 }  // namespace
 }  // namespace fastdfa
 
-STABLE_TORCH_LIBRARY_IMPL(fastdfa, CPU, m) {
-  m.impl("batch_norm", TORCH_BOX(&fastdfa::batch_norm));
-  m.impl("batch_norm_backward_", TORCH_BOX(&fastdfa::batch_norm_backward_));
-}
+FASTDFA_IMPLEMENT(batch_norm)
+FASTDFA_IMPLEMENT(batch_norm_backward_)

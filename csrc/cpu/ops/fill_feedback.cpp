@@ -18,6 +18,4 @@ void fill_feedback_(Tensor out, int64_t seed, int64_t stream, int64_t distributi
 }  // namespace
 }  // namespace fastdfa
 
-STABLE_TORCH_LIBRARY_IMPL(fastdfa, CPU, m) {
-  m.impl("fill_feedback_", TORCH_BOX(&fastdfa::fill_feedback_));
-}
+FASTDFA_IMPLEMENT(fill_feedback_)

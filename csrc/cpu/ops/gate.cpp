@@ -10,7 +10,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> gate(Tensor grad, Tensor saved, int64_t kind, double param) {
   const OpCall call = call_of("gate");
-  check_gate(call, grad, saved, kind);
+  check_gate(call, grad, saved, kind, param);
   GateWork work(call, grad, saved, kind, param);
   work.allocate(call, gate_chunks(work.p));
   for_tasks(gate_tasks(work.p), grad.numel(),
@@ -22,4 +22,4 @@ std::tuple<Tensor, Tensor> gate(Tensor grad, Tensor saved, int64_t kind, double 
 }  // namespace
 }  // namespace fastdfa
 
-STABLE_TORCH_LIBRARY_IMPL(fastdfa, CPU, m) { m.impl("gate", TORCH_BOX(&fastdfa::gate)); }
+FASTDFA_IMPLEMENT(gate)

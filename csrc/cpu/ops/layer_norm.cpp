@@ -32,7 +32,5 @@ std::tuple<Tensor, Tensor> layer_norm_backward_(Tensor delta, Tensor a, Tensor m
 }  // namespace
 }  // namespace fastdfa
 
-STABLE_TORCH_LIBRARY_IMPL(fastdfa, CPU, m) {
-  m.impl("layer_norm", TORCH_BOX(&fastdfa::layer_norm));
-  m.impl("layer_norm_backward_", TORCH_BOX(&fastdfa::layer_norm_backward_));
-}
+FASTDFA_IMPLEMENT(layer_norm)
+FASTDFA_IMPLEMENT(layer_norm_backward_)

@@ -38,9 +38,30 @@ std::vector<Tensor> linear_chain(Tensor x, std::vector<Tensor> weights,
   return work.results;
 }
 
+Tensor without_negative_bit(const Tensor& t) {
+  StableIValue stack[] = {torch::stable::detail::from(t)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resolve_neg", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// torch's own fallback for views that are negated when they are read leaves out lists of optionals:
+// biases would be taken with the wrong sign.
+std::vector<Tensor> linear_chain_of_negated(Tensor x, std::vector<Tensor> weights,
+                                            std::vector<std::optional<Tensor>> biases,
+                                            std::vector<int64_t> kinds,
+                                            std::vector<double> params) {
+  for (Tensor& w : weights) w = without_negative_bit(w);
+  for (std::optional<Tensor>& b : biases)
+    if (b) b = without_negative_bit(*b);
+  return linear_chain(without_negative_bit(x), std::move(weights), std::move(biases),
+                      std::move(kinds), std::move(params));
+}
+
 }  // namespace
 }  // namespace fastdfa
 
-STABLE_TORCH_LIBRARY_IMPL(fastdfa, CPU, m) {
-  m.impl("linear_chain", TORCH_BOX(&fastdfa::linear_chain));
+FASTDFA_IMPLEMENT(linear_chain)
+
+STABLE_TORCH_LIBRARY_IMPL(fastdfa, Negative, m) {
+  m.impl("linear_chain", TORCH_BOX(&fastdfa::linear_chain_of_negated));
 }

@@ -21,8 +21,8 @@ std::vector<Tensor> project_gate(Tensor error, std::vector<Tensor> feedback, int
   check_project_gate(call, a);
   if (a.saved.empty()) return {};
   const ScalarType wide = accumulation_type(call.dtype_of("saved[0]", a.saved[0]));
-  a.error = as_type(a.error, wide);
-  for (Tensor& b : a.feedback) b = as_type(b, wide);
+  a.error = as_type(call, a.error, wide);
+  for (Tensor& b : a.feedback) b = as_type(call, b, wide);
 
   ProjectGateWork work(call, std::move(a));
   const ProjectGateParams& p = work.p;
@@ -41,6 +41,4 @@ std::vector<Tensor> project_gate(Tensor error, std::vector<Tensor> feedback, int
 }  // namespace
 }  // namespace fastdfa
 
-STABLE_TORCH_LIBRARY_IMPL(fastdfa, CPU, m) {
-  m.impl("project_gate", TORCH_BOX(&fastdfa::project_gate));
-}
+FASTDFA_IMPLEMENT(project_gate)

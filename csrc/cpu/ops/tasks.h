@@ -4,6 +4,16 @@
 #include "../../ops/call.h"
 #include "../kernels.h"
 
+// Implements an op for the CPU, and for every kind of tensor that nothing else is implemented for:
+// sparse, nested, quantized, on other devices. check_operand refuses these by name.
+#define FASTDFA_IMPLEMENT(op)                                                    \
+  STABLE_TORCH_LIBRARY_IMPL(fastdfa, CompositeExplicitAutograd, m) {             \
+    m.impl(#op, TORCH_BOX(&fastdfa::op));                                        \
+  }                                                                              \
+  STABLE_TORCH_LIBRARY_IMPL(fastdfa, CompositeImplicitAutogradNestedTensor, m) { \
+    m.impl(#op, TORCH_BOX(&fastdfa::op));                                        \
+  }
+
 namespace fastdfa {
 
 // Elements that are worth a thread of their own: some 10 us.

@@ -10,7 +10,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> gate(Tensor grad, Tensor saved, int64_t kind, double param) {
   const CudaCall call("gate", "grad", grad);
-  check_gate(call, grad, saved, kind);
+  check_gate(call, grad, saved, kind, param);
   GateWork work(call, grad, saved, kind, param);
   work.allocate(call, cuda::gate_chunks(work.p));
   call.check(cuda::gate(work.p, call.stream));

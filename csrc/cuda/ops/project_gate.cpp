@@ -9,9 +9,9 @@ namespace fastdfa {
 namespace {
 
 // The kernels read an error of any dtype as it is, but for what they do not accumulate in.
-Tensor readable(const Tensor& error, DType dtype) {
+Tensor readable(const OpCall& call, const Tensor& error, DType dtype) {
   const bool wide = error.scalar_type() == ScalarType::Double;
-  return wide == (dtype == DType::float64) ? error : as_type(error, accumulation_type(dtype));
+  return wide == (dtype == DType::float64) ? error : as_type(call, error, accumulation_type(dtype));
 }
 
 std::vector<Tensor> project_gate(Tensor error, std::vector<Tensor> feedback, int64_t seed,
@@ -26,7 +26,7 @@ std::vector<Tensor> project_gate(Tensor error, std::vector<Tensor> feedback, int
                          sum_error,          allow_tf32};
   check_project_gate(call, a);
   if (a.saved.empty()) return {};
-  a.error = readable(a.error, call.dtype_of("saved[0]", a.saved[0]));
+  a.error = readable(call, a.error, call.dtype_of("saved[0]", a.saved[0]));
 
   ProjectGateWork work(call, std::move(a));
   const cuda::ProjectGatePlan plan = cuda::plan_project_gate(work.p);

@@ -165,7 +165,8 @@ class DFA(Root):
                 target = take_target(self)
                 classes = plan.layout.classes
                 sender = sender_of(self, plan.layout, args[0].device, classes, target)
-                return self._watched(whole.forward(network, plan, *args, sender), Readers((), ()))
+                y = whole.forward(network, plan, *args, sender)
+                return y if self.witness is None else self._watched(y, Readers((), ()))
         sharded = not traced() and sharding.watch_sharded_blocks(self.module)
         kind = TracedTape if torch.compiler.is_compiling() else Tape
         tape = kind(self, _inputs(args, kwargs), self.install_tap())

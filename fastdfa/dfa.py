@@ -427,7 +427,7 @@ class DFA(Root):
 
     def _reset(self) -> None:
         self.planner = Planner()
-        self.handing = Handing(self.bank)
+        self.handing = Handing(self, self.bank)
         self.bank.reset()
         super()._reset()
         self.install_tap()

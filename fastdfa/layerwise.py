@@ -182,8 +182,7 @@ class LayerFeedback(Root):
         """Returns M of a layer, or its absolute value where that is what the rule reads."""
         like = (name, tuple(weight.shape), weight.dtype, weight.device)
         if traced():
-            seed, site = sites.now(self.seed, self._sites), self._site(self.stamp, *like)
-            drawn: Tensor = torch.ops.fastdfa.drawn(seed, site)
+            drawn: Tensor = torch.ops.fastdfa.drawn(weight, None, self._site(self.stamp, *like))
             return drawn
         return self._drawn(self.read_seed(), *like)
 
@@ -197,7 +196,7 @@ class LayerFeedback(Root):
             assert root is not None  # as its sites live
             return root._drawn(seed, *like)
 
-        return self._sites.number((stamp, *like), lambda: sites.Drawing(draw, *like[1:]))
+        return self._sites.number((stamp, *like), lambda: sites.Drawing(self, draw, *like[1:]))
 
     def _drawn(self, seed: int, name: str, *of_weight: Any) -> Tensor:
         key = (seed, self.stamp, name, *of_weight)

@@ -60,8 +60,11 @@ def _handing(root: TrainedRoot, planner: Planner, points: Sequence[Point], y: Te
     sent = _sent(root, planner, points, y)
     if not points:
         return y
-    handed = handed._replace(sender=sent.sender, learnt=len(sent.learnt) // 2)
-    seed = sites.now(root.seed, root.handing.sites)
+    low = None
+    if root.bank.rule.rank is not None and root.compression is None:
+        low = root.handing.low(root.stamp, root.columns(y.shape[-1]), y.device)
+    handed = handed._replace(low=low, sender=sent.sender, learnt=len(sent.learnt) // 2)
+    seed = sites.seed_of(root)
     tokens = [point.token for point in points]
     before: Any = (handed, y, sent.output, sent.low, sent.target, seed)
     result: Tensor = HandingNode.apply(*before, *given, *sent.learnt, *tokens)
@@ -147,7 +150,7 @@ def sender_of(
     signal, rank = root.bank.rule.sends, root.bank.rule.rank
     if isinstance(signal, signals.Error) and rank is None and root.projector is None:
         return None
-    low = None if rank is None else low_of(root, columns, device)
+    low = None if rank is None or traced() else low_of(root, columns, device)
     return Sender(signal, low, target, root.projector, 0 if layout is None else layout.widest)
 
 
@@ -165,10 +168,6 @@ def low_of(root: TrainedRoot, columns: int, device: torch.device) -> Tensor:
     """Returns Q [columns, rank] of B = Q P: the one that learns, or one of the seed."""
     if root.compression is not None:
         return root.compression.detach()
-    if traced():
-        seed = sites.now(root.seed, root.handing.sites)
-        drawn: Tensor = torch.ops.fastdfa.drawn(seed, root.handing.low(root.stamp, columns, device))
-        return drawn
     return root.bank.low(root.read_seed(), columns, device)
 
 

@@ -8,7 +8,8 @@ each.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +22,13 @@ from ..projectors import Projected
 from . import sites
 from .broadcast import Call, Drawn, Product, Sender, as_matrix, make, shaped
 from .nodes import spread
+from .root import Root
 
-_Grouped = tuple[list[int], Call]  # products of a dtype and device, by their numbers
+# The products of a dtype and device, by their numbers, and what the gates of their call read.
+_Prepared = tuple[Drawn, list[int], Call, list[Tensor]]
 
 
-class Projection:
+class Projection(sites.Site):
     """Makes the feedback of the points of one layout, by the seed that it is given.
 
     Args:
@@ -35,29 +38,25 @@ class Projection:
 
     def __init__(
         self,
+        root: Root,
         bank: Bank,
         layout: Layout,
         settled: Sequence[Settled],
         products: Sequence[Product],
         drawn: Drawn,
     ) -> None:
+        super().__init__(root)
         self.bank, self.layout, self.settled = bank, layout, settled
         self.products, self.drawn = products, drawn
         self.counts_rows = drawn.sum_error  # whether the feedback of a row depends on their number
-        self._kept: tuple[int, list[_Grouped]] | None = None  # for a seed
+        self._kept: tuple[int, int, list[_Prepared]] | None = None  # for a seed and rows
 
     def feedback(self, sent: Tensor, seed: int, given: Sequence[Tensor]) -> list[Tensor]:
-        """Returns s e B_l [M, n_l] of every product; `given` has the B of each, unless they are
-        generated."""
-        drawn = self.drawn._replace(seed=seed)
+        """Returns s e B_l [M, n_l] of every product; `given` has the B of each, or one for all,
+        unless they are generated."""
         made: list[Tensor] = [sent] * len(self.products)
-        for numbers, call in self._calls(drawn, given):
-            there = sent.to(call.products[0].device)
-            blanks = [
-                there.new_empty((), dtype=product.dtype).expand(len(sent), product.features)
-                for product in call.products
-            ]
-            deltas, _ = make(drawn, there, call, blanks)
+        for drawn, numbers, call, blanks in self._calls(seed, len(sent), given):
+            deltas, _ = make(drawn, sent.to(blanks[0].device), call, blanks)
             for number, delta in zip(numbers, deltas, strict=True):
                 made[number] = delta
         return made
@@ -69,41 +68,42 @@ class Projection:
             sent.new_empty(rows, p.features, dtype=p.dtype, device=p.device) for p in self.products
         ]
 
-    def _calls(self, drawn: Drawn, given: Sequence[Tensor]) -> list[_Grouped]:
+    def _calls(self, seed: int, rows: int, given: Sequence[Tensor]) -> list[_Prepared]:
         if given:
             one = list(given) * (len(self.products) if len(given) == 1 else 1)
-            return self._grouped(drawn, one)
+            return self._grouped(seed, rows, one)
         kept = self._kept
-        if kept is None or kept[0] != drawn.seed:
-            dense = [
-                self._dense(drawn.seed, *pair)
-                for pair in zip(self.settled, self.products, strict=True)
-            ]
-            kept = self._kept = drawn.seed, self._grouped(drawn, dense)
-        return kept[1]
+        if kept is None or kept[:2] != (seed, rows):
+            pairs = zip(self.settled, self.products, strict=True)
+            dense = [self._dense(seed, *pair) for pair in pairs]
+            kept = self._kept = seed, rows, self._grouped(seed, rows, dense)
+        return kept[2]
 
     def _dense(self, seed: int, settled: Settled, product: Product) -> Tensor | None:
         if self.drawn.projected:
             return None
         return self.bank.dense(seed, self.layout, settled, product.order)
 
-    def _grouped(self, drawn: Drawn, dense: Sequence[Tensor | None]) -> list[_Grouped]:
-        groups: dict[Hashable, list[int]] = {}
+    def _grouped(self, seed: int, rows: int, dense: Sequence[Tensor | None]) -> list[_Prepared]:
+        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for number, product in enumerate(self.products):
             groups.setdefault((product.dtype, product.device), []).append(number)
-        return [
-            (
-                numbers,
-                Call.of(drawn, [self.products[i] for i in numbers], [dense[i] for i in numbers]),
-            )
-            for numbers in groups.values()
-        ]
+        drawn, calls = self.drawn._replace(seed=seed), []
+        for (dtype, device), numbers in groups.items():
+            products = [self.products[i] for i in numbers]
+            # The identity reads nothing: an expanded scalar gives shape and dtype.
+            blank = torch.empty((), dtype=dtype, device=device)
+            blanks = [blank.expand(rows, product.features) for product in products]
+            call = Call.of(drawn, products, [dense[i] for i in numbers])
+            calls.append((drawn, numbers, call, blanks))
+        return calls
 
 
 class Handing:
     """Finds, for the passes of a root that are traced or transformed, what hands their feedback."""
 
-    def __init__(self, bank: Bank) -> None:
+    def __init__(self, root: Root, bank: Bank) -> None:
+        self.root = weakref.ref(root)  # which holds this
         self.bank = bank
         self.sites = sites.Sites()
 
@@ -130,21 +130,26 @@ class Handing:
         drawn = Drawn(0, rule.distribution, rule.shared, rule.error == "sum", projected)
         number = self.sites.number(
             (stamp, layout, *distinct),
-            lambda: Projection(self.bank, layout, firsts, distinct, drawn),
+            lambda: Projection(self._root(), self.bank, layout, firsts, distinct, drawn),
         )
         return number, tuple(map(distinct.index, products))
 
     @constant
     def low(self, stamp: int, columns: int, device: torch.device) -> int:
         """Returns the number of what draws Q [columns, rank]."""
-        bank, shape = self.bank, (columns, self.bank.rule.rank or 0)
+        root, bank, shape = self._root(), self.bank, (columns, self.bank.rule.rank or 0)
 
         def make() -> sites.Drawing:
             return sites.Drawing(
-                lambda seed: bank.low(seed, columns, device), shape, torch.float32, device
+                root, lambda seed: bank.low(seed, columns, device), shape, torch.float32, device
             )
 
         return self.sites.number((stamp, columns, device), make)
+
+    def _root(self) -> Root:
+        root = self.root()
+        assert root is not None  # whose pass it is
+        return root
 
 
 class Handed(NamedTuple):
@@ -154,6 +159,7 @@ class Handed(NamedTuple):
         projection: the number of the `Projection`.
         places: which of its products each point has.
         orders: of every point, as of a product.
+        low: the number of what draws Q where B = Q P, and Q does not learn.
         sender: what makes a signal of the error; None where that is the error itself.
         learning: how matrices learn from the error; None where none does.
         given: how many given matrices are among the tensors.
@@ -163,6 +169,7 @@ class Handed(NamedTuple):
     projection: int
     places: Sequence[int]
     orders: Sequence[tuple[int, ...]]
+    low: int | None
     sender: Sender | None
     learning: Learning | None
     given: int
@@ -186,7 +193,7 @@ class HandingNode(Function):
         output: Tensor | None,
         low: Tensor | None,
         target: Tensor | None,
-        seed: Tensor,
+        seed: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
         return y.view_as(y)
@@ -204,6 +211,8 @@ class HandingNode(Function):
         reads, learnt = rest[: handed.learnt], rest[handed.learnt : 2 * handed.learnt]
         grads: list[Tensor | None] = []
         e, low_grad = as_matrix(error), None
+        if handed.low is not None:
+            low = torch.ops.fastdfa.drawn(e, seed, handed.low)
         if handed.learning is not None:
             low_grad, grads = learning_gradients(handed.learning, e, target, low, reads, learnt)
         sent: Tensor | Projected = e

@@ -91,7 +91,7 @@ class Planner:
             count = 1 if SHARED in root.matrices else max(places, default=-1) + 1
             found = [root.matrices.of(names[places.index(i)]) for i in range(count)]
             given = [matrix.detach() for matrix in found]
-        return Handed(number, places, orders, None, root.learning, len(given), 0), given
+        return Handed(number, places, orders, None, None, root.learning, len(given), 0), given
 
     def _laid_out(
         self, root: TrainedRoot, points: Sequence[Point], y: Tensor

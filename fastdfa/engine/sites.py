@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..ops.tracing import transformed
-from ..ops.typed import constant, uncompiled
+from ..ops.typed import uncompiled
+from .root import Root
 
 _all: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -25,7 +26,6 @@ class Sites:
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[int, Any]] = {}
-        self.latest: list[Tensor | None] = [None]  # the seed of a compiled step
 
     def number(self, key: Hashable, make: Callable[[], Any]) -> int:
         """Returns the number of what `make()` has made for a key."""
@@ -35,52 +35,44 @@ class Sites:
             _all[number] = made
         return self._kept[key][0]
 
-    @constant
-    def seed(self) -> int:
-        """Returns the number of what reads a seed from a device."""
-        return self.number("seed", SeedReader)
+
+class Site:
+    """Serves as the base of what makes something of a root's seed."""
+
+    def __init__(self, root: Root) -> None:
+        self._root = weakref.ref(root)  # which keeps the site
+
+    def read(self, seed: Tensor | None) -> int:
+        """Returns the value of a seed, by default of the root's at this moment."""
+        root = self._root()
+        if seed is not None or root is None:
+            return int(seed)  # type: ignore[arg-type]  # no graph lives longer than its root
+        return root.read_seed()
 
 
-class Drawing:
-    """Draws one matrix, by the seed that it is given; of this shape, dtype and device."""
+class Drawing(Site):
+    """Draws one matrix, of this shape, dtype and device, by the seed that it is given."""
 
     def __init__(
         self,
+        root: Root,
         draw: Callable[[int], Tensor],
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        super().__init__(root)
         self.draw, self.shape, self.dtype, self.device = draw, shape, dtype, device
 
 
-class SeedReader:
-    """Reads a seed from its device where it was written since, as each read waits for the GPU."""
+def seed_of(root: Any) -> Tensor | None:
+    """Returns what the ops are given as the seed of a root: None where they read it themselves.
 
-    def __init__(self) -> None:
-        self._seen: tuple[Tensor, int, int, int] | None = None
-
-    def read(self, seed: Tensor) -> int:
-        """Returns its value."""
-        place, version = seed.data_ptr(), seed._version
-        seen = self._seen
-        if seen is None or seen[1:3] != (place, version):
-            seen = self._seen = (
-                seed,
-                place,
-                version,
-                int(seed),
-            )  # held, so that the place is its own
-        return seen[3]
-
-
-def now(seed: Tensor, sites: Sites) -> Tensor:
-    """Returns the seed of this moment, on the host."""
-    read: Tensor = torch.ops.fastdfa.on_host(seed, sites.seed())
-    if torch.compiler.is_compiling() and not transformed():
-        # An output of the forward graph: else the op would be moved into the backward graph.
-        sites.latest[0] = read
-    return read
+    So that it is no tensor that a compiled step saves, and would find written, as
+    DistributedDataParallel writes it in every forward pass. Inside a transform it may be another
+    than the root's own.
+    """
+    return root.seed if transformed() else None
 
 
 _library = torch.library.Library("fastdfa", "FRAGMENT")
@@ -94,37 +86,36 @@ def _op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> No
     torch.library.register_fake(f"fastdfa::{name}", fake, lib=_library)
 
 
-def _handed(sent: Tensor, seed: Tensor, given: Sequence[Tensor], site: int) -> list[Tensor]:
-    made: list[Tensor] = _all[site].feedback(sent, int(seed), given)
+Seed = Tensor | None
+
+
+def _handed(sent: Tensor, seed: Seed, given: Sequence[Tensor], site: int) -> list[Tensor]:
+    at = _all[site]
+    made: list[Tensor] = at.feedback(sent, at.read(seed), given)
     return made
 
 
-def _handed_fake(sent: Tensor, seed: Tensor, given: Sequence[Tensor], site: int) -> list[Tensor]:
+def _handed_fake(sent: Tensor, seed: Seed, given: Sequence[Tensor], site: int) -> list[Tensor]:
     made: list[Tensor] = _all[site].like(sent)
     return made
 
 
-def _drawn(seed: Tensor, site: int) -> Tensor:
-    made: Tensor = _all[site].draw(int(seed))
+def _drawn(near: Tensor, seed: Seed, site: int) -> Tensor:
+    at = _all[site]
+    made: Tensor = at.draw(at.read(seed))
     return made.clone()  # as a graph may write into what it was given
 
 
-def _drawn_fake(seed: Tensor, site: int) -> Tensor:
+def _drawn_fake(near: Tensor, seed: Seed, site: int) -> Tensor:
     like = _all[site]
-    return seed.new_empty(like.shape, dtype=like.dtype, device=like.device)
+    return near.new_empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-def _on_host(seed: Tensor, site: int) -> Tensor:
-    return torch.tensor(_all[site].read(seed))
-
-
-_op("handed(Tensor sent, Tensor seed, Tensor[] given, int site) -> Tensor[]", _handed, _handed_fake)
-_op("drawn(Tensor seed, int site) -> Tensor", _drawn, _drawn_fake)
 _op(
-    "on_host(Tensor seed, int site) -> Tensor",
-    _on_host,
-    lambda seed, site: seed.new_empty((), device="cpu"),
+    "handed(Tensor sent, Tensor? seed, Tensor[] given, int site) -> Tensor[]", _handed, _handed_fake
 )
+# `near`, any tensor, says where in a graph it is: what reads none may be drawn once and for all.
+_op("drawn(Tensor near, Tensor? seed, int site) -> Tensor", _drawn, _drawn_fake)
 
 
 # Inside `torch.vmap`: samples of their own, or modules that are stacked, with seeds of their own.
@@ -135,7 +126,7 @@ def _at(x: Tensor, dim: int | None, place: int) -> Tensor:
 
 
 def _handed_batched(
-    info: Any, in_dims: Any, sent: Tensor, seed: Tensor, given: Sequence[Tensor], site: int
+    info: Any, in_dims: Any, sent: Tensor, seed: Seed, given: Sequence[Tensor], site: int
 ) -> Any:
     of_sent, of_seed, of_given, _ = in_dims
     one_rule = of_seed is None and all(dim is None for dim in of_given)
@@ -147,7 +138,7 @@ def _handed_batched(
         parts = [
             torch.ops.fastdfa.handed(
                 _at(sent, of_sent, i),
-                _at(seed, of_seed, i),
+                None if seed is None else _at(seed, of_seed, i),
                 [_at(x, dim, i) for x, dim in zip(given, of_given, strict=True)],
                 site,
             )
@@ -157,13 +148,14 @@ def _handed_batched(
     return made, [0] * len(made)
 
 
-def _drawn_batched(info: Any, in_dims: Any, seed: Tensor, site: int) -> Any:
-    seeds = seed.movedim(in_dims[0], 0)
-    return torch.stack([torch.ops.fastdfa.drawn(each, site) for each in seeds]), 0
+def _drawn_batched(info: Any, in_dims: Any, near: Tensor, seed: Seed, site: int) -> Any:
+    of_near, of_seed, _ = in_dims
+    near = _at(near, of_near, 0)
+    if seed is None or of_seed is None:
+        return torch.ops.fastdfa.drawn(near, seed, site), None
+    seeds = seed.movedim(of_seed, 0)
+    return torch.stack([torch.ops.fastdfa.drawn(near, each, site) for each in seeds]), 0
 
 
 torch.library.register_vmap("fastdfa::handed", _handed_batched, lib=_library)
 torch.library.register_vmap("fastdfa::drawn", _drawn_batched, lib=_library)
-torch.library.register_vmap(
-    "fastdfa::on_host", lambda info, dims, seed, site: (seed.cpu(), dims[0]), lib=_library
-)

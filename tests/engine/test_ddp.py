@@ -18,8 +18,9 @@ from helpers.kinds import ResidualBlock, data, run
 from helpers.kinds import build as build_kind
 from helpers.networks import RULE, assert_close, gradients, mlp, randn, step
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import fastdfa
@@ -36,6 +37,24 @@ DDP = ("fused", "general", "separate", "in place")
 KINDS = ("cnn", "transformer", "fa", "usf", "learning")
 SHARDED = ("mlp", "cnn", "resnet", "transformer", "recurrent", "converted")
 CUT_AT_THE_END = ("resnet", "converted", "fused")  # of networks whose blocks are sharded whole
+OPTIONS = {
+    "unused": {"find_unused_parameters": True},
+    "static": {"static_graph": True},
+    "views": {"gradient_as_bucket_view": True},
+    "buckets": {"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-4},
+    "unused buckets": {"find_unused_parameters": True, "bucket_cap_mb": 1e-4},
+}
+COMMUNICATION = ("hook", "compressed")
+COMPILED = ("compiled", "compiled buckets")
+TRIED = ("mlp", "resnet", "transformer")
+WAYS = [(kind, way) for kind in TRIED for way in (*OPTIONS, *COMMUNICATION)]
+WAYS += [(kind, way) for kind in ("mlp", "transformer") for way in COMPILED]
+POLICIES = {
+    "low": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)},
+    "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+}
+SHARDED_AS = {"low": ("mlp", "transformer"), "offload": TRIED}  # batch norm's buffers stay as wide
+LOW = {"low": 3e-2, "compressed": 2e-3}  # tolerances
 SECONDS = 60  # that torch alone may take; 3 are usual, for all
 
 
@@ -72,6 +91,11 @@ def train(rank, folder):
         )
     for kind in KINDS:
         found[kind] = half_of(kind, rank, nn.parallel.DistributedDataParallel)
+    for kind, way in WAYS:
+        found[kind, way] = half_of(kind, rank, partial(wrapped_as, way), averages=True)
+    for kind in TRIED:
+        found[kind, "no_sync"] = accumulated(kind, rank)
+    found["with unused layers"] = with_unused_layers(rank)
     found["anchored"] = anchored(nn.parallel.DistributedDataParallel, rank)
     mesh = init_device_mesh("cpu", (2,))
     for kind in SHARDED:
@@ -82,6 +106,10 @@ def train(rank, folder):
         for with_root in (False, True):
             wrap = partial(shard_whole, mesh=mesh, with_root=with_root)
             found[kind, "whole", with_root] = half_of(kind, rank, wrap)
+    for policy in POLICIES:
+        for kind in SHARDED_AS[policy]:
+            wrap = partial(shard, mesh=mesh, by_block=True, **POLICIES[policy])
+            found[kind, policy] = half_of(kind, rank, wrap)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -119,7 +147,42 @@ def trained(model):
     return {**dict(network.named_parameters()), **{f"B {k}": B for k, B in matrices.items()}}
 
 
-def half_of(kind, rank, wrap):
+def wrapped_as(way, model):
+    """In DistributedDataParallel with these options, communication, or compiler."""
+    sizes = {"bucket_cap_mb": 1e-4} if way.endswith("buckets") else {}
+    ddp = nn.parallel.DistributedDataParallel(model, **OPTIONS.get(way, sizes))
+    if way == "hook":
+        ddp.register_comm_hook(None, default_hooks.allreduce_hook)
+    if way == "compressed":
+        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    return torch.compile(ddp, backend="aot_eager") if way.startswith("compiled") else ddp
+
+
+def accumulated(kind, rank):
+    """The gradients of two passes, of which the first waits for no process."""
+    model, like = build_any(kind)
+    ddp = nn.parallel.DistributedDataParallel(model.eval())
+    inputs, g = data(like, ROWS)
+    rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    with ddp.no_sync():
+        run(ddp, [x[rows] for x in inputs], 2 * g[rows])
+    run(ddp, [x[rows] for x in inputs], 2 * g[rows])
+    return {name: p.grad for name, p in trained(model).items()}
+
+
+def with_unused_layers(rank):
+    model, like = build_any("transformer")
+    model.module.unused = nn.Linear(3, 3).double()
+    ddp = nn.parallel.DistributedDataParallel(model.eval(), find_unused_parameters=True)
+    inputs, g = data(like, ROWS)
+    rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    for _ in range(2):
+        ddp.zero_grad()
+        run(ddp, [x[rows] for x in inputs], 2 * g[rows])
+    return {name: p.grad for name, p in trained(model).items()}
+
+
+def half_of(kind, rank, wrap, averages=False):
     """The gradients of the second of two backward passes of this process's half of the batch, of
     the parameters that an optimizer would hold."""
     model, like = build_any(kind)
@@ -130,7 +193,7 @@ def half_of(kind, rank, wrap):
     for _ in range(2):
         wrapped.zero_grad()
         run(wrapped, [x[rows] for x in inputs], 2 * g[rows])  # as the gradients are averaged
-    if wrap is nn.parallel.DistributedDataParallel:  # which must have averaged them itself
+    if averages or wrap is nn.parallel.DistributedDataParallel:  # which must have done so itself
         return {name: p.grad for name, p in parameters.items()}
     return {name: averaged(p.grad) for name, p in parameters.items()}
 
@@ -159,7 +222,7 @@ def averaged(gradient):
     return gradient / 2
 
 
-def shard(model, mesh, by_block):
+def shard(model, mesh, by_block, **policy):
     """The root; with `by_block`, before it each block, but for the cut at a residual block's end:
     FSDP gathers the weights of a module when a gradient reaches its output, which there is cut."""
     blocks = (
@@ -167,7 +230,8 @@ def shard(model, mesh, by_block):
     )  # fmt: skip
     found = [m for m in model.modules() if by_block and isinstance(m, blocks)]
     for module in [*found, model]:
-        fully_shard(module.inner if isinstance(module, ResidualBlock) else module, mesh=mesh)
+        inner = module.inner if isinstance(module, ResidualBlock) else module
+        fully_shard(inner, mesh=mesh, **policy)
     return model
 
 
@@ -248,6 +312,40 @@ def test_networks_have_the_gradients_of_the_joint_batch(found, kind):
     run(joint.eval(), *data(like, ROWS))
     for rank in (0, 1):
         assert_close(found[rank][kind], {name: p.grad for name, p in trained(joint).items()})
+
+
+POLICED = [(kind, policy) for policy in POLICIES for kind in SHARDED_AS[policy]]
+
+
+@pytest.mark.parametrize(("kind", "way"), [*WAYS, *POLICED])
+def test_options_change_no_gradient(found, kind, way):
+    """Those of DistributedDataParallel, communication hooks, a compiler around it, and FSDP2 of
+    mixed precision or with its weights in the memory of the host."""
+    joint, like = build_any(kind)
+    run(joint.eval(), *data(like, ROWS))
+    expected = {name: p.grad for name, p in trained(joint).items()}
+    for rank in (0, 1):
+        assert_close(found[rank][kind, way], expected, LOW.get(way, 1e-10))
+
+
+@pytest.mark.parametrize("kind", TRIED)
+def test_gradients_that_were_accumulated_without_synchronization(found, kind):
+    joint, like = build_any(kind)
+    for _ in range(2):
+        run(joint.eval(), *data(like, ROWS))
+    for rank in (0, 1):
+        expected = {name: p.grad for name, p in trained(joint).items()}
+        assert_close(found[rank][kind, "no_sync"], expected)
+
+
+def test_layers_that_a_pass_does_not_use(found):
+    joint, like = build_any("transformer")
+    run(joint.eval(), *data(like, ROWS))
+    for rank in (0, 1):
+        gradients = found[rank]["with unused layers"]
+        unused = [gradients.pop(f"unused.{name}") for name in ("weight", "bias")]
+        assert all(gradient is None or not gradient.any() for gradient in unused)
+        assert_close(gradients, {name: p.grad for name, p in trained(joint).items()})
 
 
 def test_anchors_fit_b_to_the_joint_batch(found):

@@ -24,7 +24,7 @@ SOURCES := setup.py build_backend.py CMakeLists.txt $(shell find cmake csrc -typ
 KERNELS := $(shell find cmake csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD := CMAKE_ARGS="-DBUILD_TESTING=ON $(CMAKE_ARGS)" $(PY) setup.py --quiet build_ext --inplace
 
-.PHONY: help train test bench accuracy paper readme lint format registers wheel clean FORCE
+.PHONY: help train test sanitize bench accuracy paper readme lint format registers wheel clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -38,6 +38,22 @@ test: $(STAMP).built ## kernel tests, every test with the kernels, then what dif
 	@test ! -d build/cmake || $(VENV)/bin/ctest --test-dir build/cmake --output-on-failure
 	$(PYTEST) $(ARGS)
 	FASTDFA_DISABLE_EXTENSION=1 $(PYTEST) -m "kernels and not slow" $(ARGS)
+
+# The sanitized libraries are beside a copy of the Python files, and the normal build stays as it is.
+# Python itself is not sanitized: the runtime has to be there before it, and before libstdc++.
+sanitize: $(STAMP).packages ## kernel tests and those of the ops under sanitizers: memory, undefined, threads
+	@for kind in address,undefined thread; do build=build/$${kind%,*}; \
+	$(VENV)/bin/cmake -S . -B $$build -G Ninja --log-level=NOTICE -DFASTDFA_SANITIZE=$$kind \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DPython_EXECUTABLE=$(abspath $(PY)) \
+	  -DFASTDFA_CUDA=OFF && \
+	$(VENV)/bin/cmake --build $$build && \
+	$(VENV)/bin/ctest --test-dir $$build --output-on-failure || exit 1; done
+	@rm -rf build/address/python && mkdir build/address/python && cp -r fastdfa build/address/python
+	@rm -f build/address/python/fastdfa/*.so
+	@$(VENV)/bin/cmake --install build/address --prefix build/address/python/fastdfa
+	ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/address/python \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
+	  $(PY) -m pytest -q -n 0 -p no:cacheprovider -o pythonpath="build/address/python tests" tests/ops $(ARGS)
 
 bench: $(STAMP).built ## time and memory: of a step, its growth, kinds of networks; each kernel
 	$(PY) -m benchmarks.speed.step $(ARGS)

@@ -102,18 +102,19 @@ inline void release(int begin, int end) {
   for (int i = begin; i < end; ++i) block.fibers[i].state = Fiber::ready;
 }
 
+inline void prepare(Fiber& fiber) {
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = stack_bytes;
+  fiber.context.uc_link = nullptr;
+  fiber.state = Fiber::ready;
+  fiber.commits.assign(1, {});
+  makecontext(&fiber.context, entry, 0);
+}
+
 inline void run_block() {
   const int size = block.size;
-  for (int i = 0; i < size; ++i) {
-    Fiber& fiber = block.fibers[i];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = stack_bytes;
-    fiber.context.uc_link = nullptr;
-    fiber.state = Fiber::ready;
-    fiber.commits.assign(1, {});
-    makecontext(&fiber.context, entry, 0);
-  }
+  for (int i = 0; i < size; ++i) prepare(block.fibers[i]);
   // From a random thread on, in a random direction: all in turn, or the first as far as it gets.
   block.random = block.random * 6364136223846793005u + 1442695040888963407u;
   const int start = static_cast<int>((block.random >> 33) % size);

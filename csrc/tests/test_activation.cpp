@@ -29,8 +29,11 @@ static double slope(Activation kind, double saved) {
 static void forward_kernel(const CpuKernels& kernels, const char* capability, Activation kind) {
   std::vector<float> x(grid + 1, -1.f);
   for (int64_t i = 0; i < grid; ++i) x[i] = point(i);
-  kernels.activate({x.data(), nullptr, grid, grid, DType::float32, DType::float32, kind, param}, 0,
-                   grid);
+  const ActivateParams p{x.data(),       nullptr,        grid, grid,
+                         DType::float32, DType::float32, kind, param};
+  each_task(7, [&](int64_t part, int64_t) {
+    kernels.activate(p, grid * part / 7, grid * (part + 1) / 7);
+  });
   for (int64_t i = 0; i < grid; ++i) {
     const double want = forward(kind, point(i));
     // softplus: the rounding of param * x is a relative error of the result where x < 0.
@@ -52,7 +55,7 @@ static void gate_kernel(const CpuKernels& kernels, const char* capability, Activ
         static_cast<float>(derivative_from_output(kind) ? forward(kind, point(i)) : point(i));
   const GateParams p{one.data(), saved.data(), delta.data(),   bias.data(), grid, grid,
                      1,          grid,         DType::float32, kind,        param};
-  kernels.gate(p, 0, gate_tasks(p));
+  each_task(gate_tasks(p), [&](int64_t task, int64_t) { kernels.gate(p, task, task + 1); });
   for (int64_t i = 0; i < grid; ++i) {
     // gelu_tanh: 1 - tanh^2 cancels, times a polynomial of up to 9; PyTorch has the same error.
     const double want = slope(kind, saved[i]), error = kind == Activation::gelu_tanh ? 3e-6 : 1e-6;

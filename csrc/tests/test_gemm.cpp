@@ -86,10 +86,10 @@ static void run(const CpuKernels& kernels, const char* capability, const std::ve
     }
     CHECK(first_task == plan.tasks, "%d of %d tasks are shared out", int(first_task),
           int(plan.tasks));
-    Guarded<T> scratch(gemm_scratch(plan));
-    // From the last task to the first, one by one: no task may need another.
-    for (int64_t task = plan.tasks; task-- > 0;)
-      kernels.gemm(p, plan, task, task + 1, scratch.data());
+    Guarded<T> scratch(task_threads * gemm_scratch(plan));
+    each_task(plan.tasks, [&](int64_t task, int64_t thread) {
+      kernels.gemm(p, plan, task, task + 1, scratch.data() + thread * gemm_scratch(plan));
+    });
     std::vector<double> all;
     for (const Product<T>& product : products) {
       product.check(capability, tolerance);
@@ -120,10 +120,12 @@ static void run_chain(const CpuKernels& kernels, const char* capability, int64_t
   }
   const DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
   const GemmParams p{problems.data(), int64_t(problems.size()), dtype};
-  Guarded<T> scratch(chain_scratch(p));
+  Guarded<T> scratch(task_threads * chain_scratch(p));
   for (int64_t parts : {1, 2, 5}) {
-    for (int64_t part = parts; part-- > 0;)
-      kernels.linear_chain(p, rows * part / parts, rows * (part + 1) / parts, scratch.data());
+    each_task(parts, [&](int64_t part, int64_t thread) {
+      kernels.linear_chain(p, rows * part / parts, rows * (part + 1) / parts,
+                           scratch.data() + thread * chain_scratch(p));
+    });
     for (Product<T>& product : products) {
       std::vector<double> got;
       for (int64_t i = 0; i < product.result.size(); ++i) got.push_back(double(product.result[i]));

@@ -96,9 +96,11 @@ template <class B, class C> static void run(const std::vector<Case>& cases) {
     for (const Product<B, C>& product : products) problems.push_back(product.g);
     const Bf16GemmParams p{problems.data(), int64_t(problems.size()), sizeof(C) == 4};
     const GemmPlan plan = plan_bf16_gemm(p, threads);
-    Guarded<uint32_t> scratch(bf16_gemm_scratch(plan));
-    for (int64_t task = plan.tasks; task-- > 0;)
-      avx512_bf16::gemm_bf16(p, plan, task, task + 1, scratch.data());
+    Guarded<uint32_t> scratch(task_threads * bf16_gemm_scratch(plan));
+    each_task(plan.tasks, [&](int64_t task, int64_t thread) {
+      avx512_bf16::gemm_bf16(p, plan, task, task + 1,
+                             scratch.data() + thread * bf16_gemm_scratch(plan));
+    });
     std::vector<double> all;
     for (const Product<B, C>& product : products) {
       product.check();

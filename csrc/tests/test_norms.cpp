@@ -1,4 +1,4 @@
-// batch_norm and layer_norm with their backward on the CPU, from the last task to the first.
+// batch_norm and layer_norm with their backward on the CPU.
 #include "norm_case.h"
 
 using namespace fastdfa;
@@ -7,15 +7,20 @@ template <class T> static void cases(const CpuKernels& kernels, const char* capa
   const auto run = [&](const NormCase& c) {
     BatchNormCase<T> batch(c, capability);
     const int64_t tasks = batch_norm_tasks(c.columns);
-    for (int64_t task = tasks; task-- > 0;) kernels.batch_norm(batch.forward, task, task + 1);
-    kernels.batch_norm_backward(batch.backward, 0, tasks);
+    each_task(tasks,
+              [&](int64_t task, int64_t) { kernels.batch_norm(batch.forward, task, task + 1); });
+    each_task(tasks, [&](int64_t task, int64_t) {
+      kernels.batch_norm_backward(batch.backward, task, task + 1);
+    });
     batch.check();
 
     LayerNormCase<T> layer(c, capability, [](const auto& p) { return layer_norm_chunks(p.rows); });
     const int64_t chunks = layer_norm_chunks(c.rows);
-    kernels.layer_norm(layer.forward, 0, c.rows);
-    for (int64_t chunk = chunks; chunk-- > 0;)
+    each_task(c.rows,
+              [&](int64_t row, int64_t) { kernels.layer_norm(layer.forward, row, row + 1); });
+    each_task(chunks, [&](int64_t chunk, int64_t) {
       kernels.layer_norm_backward(layer.backward, chunk, chunk + 1);
+    });
     for (const SumChunksParams& sum : layer.sums) kernels.sum_chunks(sum);
     layer.check();
   };

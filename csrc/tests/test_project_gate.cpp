@@ -55,7 +55,8 @@ static void run(const CpuKernels& kernels, const char* capability, DType dtype, 
     b[l].resize(c.classes * ld);
     const FillFeedbackParams fill{
         b[l].data(), ld, c.classes, widest, dtype, {p.seed, layers[l].stream, p.distribution}, 0};
-    kernels.fill_feedback(fill, 0, fill_tasks(fill));
+    each_task(fill_tasks(fill),
+              [&](int64_t task, int64_t) { kernels.fill_feedback(fill, task, task + 1); });
     layers[l].feedback = c.generated ? nullptr : b[l].data();
     layers[l].feedback_row = ld;
     saved[l].resize(c.rows * n);
@@ -72,10 +73,11 @@ static void run(const CpuKernels& kernels, const char* capability, DType dtype, 
     partial[l].assign(plan.chunks * n + 1, T(9));
     layers[l].delta = delta[l].data(), layers[l].bias_partial = partial[l].data();
   }
-  std::vector<T> scratch(project_gate_scratch(plan) + 1, T(9));
-  // From the last task to the first, one by one: no task may need another.
-  for (int64_t task = plan.strips * plan.chunks; task-- > 0;)
-    kernels.project_gate(p, plan, task, task + 1, scratch.data());
+  std::vector<T> scratch(task_threads * project_gate_scratch(plan) + 1, T(9));
+  each_task(plan.strips * plan.chunks, [&](int64_t task, int64_t thread) {
+    kernels.project_gate(p, plan, task, task + 1,
+                         scratch.data() + thread * project_gate_scratch(plan));
+  });
   CHECK(scratch.back() == T(9), "%s: wrote after the end of the scratch", capability);
 
   for (int64_t l = 0; l < count; ++l) {

@@ -7,17 +7,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import jit, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from . import activations, arguments
+from . import activations, arguments, structure
 from .dfa import DFA
-from .engine.inplace import enter
+from .diagnostics.untouched import called, left_as_it_was
+from .engine.inplace import NAME, enter
 from .engine.layers import CutLayer
 from .engine.root import Root
+from .engine.witness import warn_user
 from .feedback.rule import Feedback
 from .layerwise import RULES, LayerFeedback
 from .nn.converted import BY_RULE, KINDS, LAYERS, Conversion, Fold, is_plain, plain_layers
@@ -45,6 +48,7 @@ def convert(
     allow_bypass: bool = False,
     allow_tied: bool = False,
     cut: str | int | Sequence[str] = "all",
+    example: Any = None,
 ) -> Any:  # `model`, which has the root's attributes as well, as no type says
     """Makes a network of torch's own modules train by direct feedback alignment, or another rule.
 
@@ -76,7 +80,9 @@ def convert(
             others anything. Of the arguments for where and how a `DFA` feeds back, they take none.
         blocks: which modules have a feedback point behind them, of the same name: classes, or
             patterns of qualified names, in which `*` stays within one part ("encoder.layers.*").
-            Of a tuple or list that a block returns, the first tensor is the point.
+            Of a tuple or list that a block returns, the first tensor is the point. "auto" takes the
+            smallest modules that contain a skip connection or branches, as a pass of `example`
+            shows them, where the model cannot be cut without `blocks`.
         point: with `blocks`, a `FeedbackPoint` that says how these receive it (rows, features).
         fold: an activation that follows a layer in an `nn.Sequential` becomes the layer's own,
             for the fused path, and leaves an `nn.Identity` in its place. False leaves it: for a
@@ -85,6 +91,10 @@ def convert(
             `DFA`.
         allow_tied: accept parameters that modules on two sides of a cut share: their gradient is
             the sum of what each side gives.
+        example: an input, of which a forward pass is made at once; a tuple holds several arguments,
+            a dict keyword arguments. What otherwise the first step would refuse is refused now, all
+            in one message, with the call that does convert the model where there is one. Its
+            parameters, buffers and torch's random state stay as they are.
 
     Warns:
         UserWarning: of what holds matrices and is not cut at its input, such as recurrent networks
@@ -98,16 +108,106 @@ def convert(
             for tied parameters, lazy layers that have not run, torch's transformer layers without
             `blocks`, and modules that it cannot see into: scripted, or wrapped for several
             devices. The model is then as it was.
-        RuntimeError: in the first forward pass, where a path leads round a cut, as in `DFA`.
+        RuntimeError: in the first forward pass, or that of `example`, where a path leads round a
+            cut, as in `DFA`.
     """
     _check_model(model)
     arguments.flag("fold", fold)
     arguments.flag("allow_tied", allow_tied)
     if rule != "dfa":
         no_others = {"feedback": feedback, "output": output, "blocks": blocks, "point": point,
-                     "allow_bypass": allow_bypass or None,
+                     "allow_bypass": allow_bypass or None, "example": example,
                      "cut": None if cut == "all" else cut}  # fmt: skip
         return _convert_by_layer(model, rule, fold, no_others)
+    how = _How(feedback, output, blocks, point, fold, allow_bypass, allow_tied, cut)
+    if blocks == "auto":
+        if example is None:
+            raise ValueError("blocks='auto' looks at a forward pass: give example=, an input")
+        found = list(structure.look_at(model, example, output).blocks)
+        how = how._replace(blocks=None)
+        if found and not _converts(model, how, example):
+            how = how._replace(blocks=structure.patterns(found, model))
+    if example is None:
+        return _convert(model, how)
+    try:
+        return _tried(model, how, example)
+    except (TypeError, ValueError, RuntimeError) as refusal:
+        _say_what_converts(model, how, example, refusal)
+        raise
+
+
+class _How(NamedTuple):
+    """Holds the arguments of `convert` for a `DFA`."""
+
+    feedback: Feedback | str | None
+    output: str | None
+    blocks: Any
+    point: FeedbackPoint | None
+    fold: bool
+    allow_bypass: bool
+    allow_tied: bool
+    cut: Any
+
+
+def _tried(model: nn.Module, how: _How, example: Any) -> nn.Module:
+    """Returns the model, converted, after a pass of an example; as it was where that fails."""
+    _convert(model, how)
+    root: Any = vars(model)[NAME]
+    anchors, root.anchors = root.anchors, None  # a pass that trains nothing does not count
+    try:
+        with left_as_it_was(model):
+            called(model, example)
+    except BaseException:
+        root.conversion.undo()
+        raise
+    root.anchors = anchors
+    return model
+
+
+def _converts(model: nn.Module, how: _How, example: Any) -> bool:
+    """Tells whether a model can be converted so, and leaves it as it was."""
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng([]):
+            warnings.simplefilter("ignore")
+            vars(_tried(model, how, example))[NAME].conversion.undo()
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _say_what_converts(model: nn.Module, how: _How, example: Any, refusal: Exception) -> None:
+    """Raises an error with all that is missing, if the model converts so; else nothing."""
+    seen = structure.look_at(model, example, how.output)
+    better, missing = how, []
+    if how.output is None and seen.output is not None:
+        better = better._replace(output=seen.output)
+        kind = type(seen.returned).__name__
+        missing.append(f"the model returns a {kind}: {seen.output!r} makes the output in it")
+    if how.blocks is None and not how.allow_bypass and seen.blocks:
+        blocks = structure.patterns(list(seen.blocks), model)
+        better = better._replace(blocks=blocks)
+        missing.append(f"paths lead round the layers in {', '.join(map(repr, blocks))}")
+    try:
+        if not how.allow_tied:
+            _check_tied(
+                model, _plan_blocks(model, better.blocks, None).blocks if better.blocks else {}
+            )
+    except ValueError as tied:
+        better = better._replace(allow_tied=True)
+        missing.append(str(tied))
+    if not _converts(model, better, example):
+        return
+    changed = [n for n in how._fields if getattr(how, n) is not getattr(better, n)]
+    given = "".join(f", {name}={getattr(better, name)!r}" for name in changed)
+    reasons = "".join(f"\n- {reason}" for reason in missing)
+    raise ValueError(
+        f"model cannot be converted so, and is as it was. This does it:\n"
+        f"    fastdfa.convert(model{given}){reasons}"
+    ) from refusal
+
+
+def _convert(model: nn.Module, how: _How) -> nn.Module:
+    feedback, output, blocks, point, fold, allow_bypass, allow_tied, cut = how
     if blocks is not None:
         conversion = _plan_blocks(model, blocks, point)
     elif point is not None:
@@ -321,12 +421,11 @@ def _warn_of_bottlenecks(layers: dict[str, nn.Module], output: str | None) -> No
         n, classes = layer.out_features, last.out_features
         in_turn = before.out_features == layer.in_features and n == behind.in_features
         if in_turn and n < min(layer.in_features, classes - 1):
-            warnings.warn(
+            warn_user(
                 f"{name!r} has {n} units between {layer.in_features} and an error of {classes}: "
                 "the layers before it cannot fully align with their feedback, which is as wide as "
                 f"the error (the bottleneck of arXiv 1906.04554). {classes - 1} units or more do "
                 "not have this effect",
-                stacklevel=3,
             )
 
 
@@ -341,11 +440,10 @@ def _warn_of_uncut(model: nn.Module, conversion: Conversion) -> None:
             told.append(f"{name!r}, a {type(module).__name__}")
         before = before or any(map(_trainable, module._parameters.values()))
     if told:
-        warnings.warn(
+        warn_user(
             f"{'; '.join(told)}: not cut at the input, so that what is before it learns through it "
             "by backprop, from the next feedback point above. Put a fastdfa.FeedbackPoint before "
             "it, or name the modules to cut behind in blocks=",
-            stacklevel=3,
         )
 
 

@@ -443,6 +443,12 @@ class DFA(Root):
             tapped.register_forward_hook(_tap)
         return tapped
 
+    def give_up(self) -> None:
+        tapped = self.install_tap()
+        hooks = {} if tapped is None else tapped._forward_hooks
+        for number in [number for number, hook in hooks.items() if hook is _tap]:
+            del hooks[number]
+
 
 @contextmanager
 def backprop(model: nn.Module) -> Iterator[None]:

@@ -194,7 +194,7 @@ TABLE = {
 }  # fmt: skip
 
 # What a model and a loss take, of any kind.
-THEIRS = {"alignment": {"x", "y"}, "AlignmentMonitor.__call__": {"x", "y"},
+THEIRS = {"alignment": {"x", "y"}, "convert": {"example"}, "AlignmentMonitor.__call__": {"x", "y"},
           "forward_gradient": {"x"}, "Surrogate.forward": {"input"}}  # fmt: skip
 
 # What the engine calls with what it has checked, not a user.

@@ -57,6 +57,9 @@ class Root(NoScript):
         self.__dict__["module"] = module  # of which it is no parent
         self._reset()
 
+    def give_up(self) -> None:
+        """Takes what it has put on the network's modules off again."""
+
     def network(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the network, which may be in the root's own place."""
         module = self.module

@@ -22,7 +22,8 @@ from torch.autograd.graph import Node
 from .layers import CutLayer
 
 PASSES = 3
-_NOT_THE_USER = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
+_OURS = os.path.dirname(os.path.dirname(__file__))
+_NOT_THE_USER = tuple(folder + os.sep for folder in (os.path.dirname(torch.__file__), _OURS))
 
 
 class Readers(NamedTuple):
@@ -110,7 +111,7 @@ class _Watched:
         missing = sorted(self.missing - self.said) if self.hooks else []
         if missing:
             self.said.update(missing)
-            _warn(
+            warn_user(
                 f"no gradient came to {_some(missing)} in a backward pass whose graph "
                 "leads there: a function on the way gave none. fastdfa.check(model, x) tells from "
                 "what every parameter learns"
@@ -155,7 +156,7 @@ def _warn_of_unfed(root: Any, readers: Readers, reached: Collection[int]) -> Non
         names = [n for n, p in _before(root.module, module, readers) if id(p) not in reached]
         if names:
             (point,) = root.names_of_points([module])
-            _warn(
+            warn_user(
                 f"nothing trains {_some(names)}: what is read at {point!r} has no graph. Is it "
                 "detached, or made under torch.no_grad? A reentrant activation checkpoint makes it "
                 "so: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
@@ -196,8 +197,8 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:5])) + more
 
 
-def _warn(message: str) -> None:
-    """Warns at the line of the user that began the backward pass."""
+def warn_user(message: str) -> None:
+    """Warns at the line of the user's that leads here."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USER):
         frame, level = frame.f_back, level + 1

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..engine.inplace import class_of, is_made, leave
+from ..engine.inplace import NAME, class_of, is_made, leave
 from ..engine.layers import CutLayer
 from .conv import Conv1d, Conv2d
 from .linear import Linear
@@ -87,6 +87,7 @@ class Conversion:
         for name, layer in self.layers.items():
             if class_of(layer) not in PLAIN and not _hooks_before(layer):
                 raise RuntimeError(f"{name!r} is no longer as convert made it: {type(layer)}")
+        vars(self.model)[NAME].give_up()
         leave(self.model)
         for name, layer in self.layers.items():
             if type(layer) not in PLAIN:

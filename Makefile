@@ -41,6 +41,8 @@ test: $(STAMP).built ## kernel tests, every test with the kernels, then what dif
 
 # The sanitized libraries are beside a copy of the Python files, and the normal build stays as it is.
 # Python itself is not sanitized: the runtime has to be there before it, and before libstdc++.
+sanitize: export UBSAN_OPTIONS = halt_on_error=1:print_stacktrace=1
+sanitize: export ASAN_OPTIONS = detect_leaks=0
 sanitize: $(STAMP).packages ## kernel tests and those of the ops under sanitizers: memory, undefined, threads
 	@for kind in address,undefined thread; do build=build/$${kind%,*}; \
 	$(VENV)/bin/cmake -S . -B $$build -G Ninja --log-level=NOTICE -DFASTDFA_SANITIZE=$$kind \
@@ -51,9 +53,9 @@ sanitize: $(STAMP).packages ## kernel tests and those of the ops under sanitizer
 	@rm -rf build/address/python && mkdir build/address/python && cp -r fastdfa build/address/python
 	@rm -f build/address/python/fastdfa/*.so
 	@$(VENV)/bin/cmake --install build/address --prefix build/address/python/fastdfa
-	ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/address/python \
+	OMP_WAIT_POLICY=passive PYTHONPATH=build/address/python \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
-	  $(PY) -m pytest -q -n 0 -p no:cacheprovider -o pythonpath="build/address/python tests" tests/ops $(ARGS)
+	  $(PY) -m pytest -q -n 0 --capture=sys -o pythonpath="build/address/python tests" tests/ops $(ARGS)
 
 bench: $(STAMP).built ## time and memory: of a step, its growth, kinds of networks; each kernel
 	$(PY) -m benchmarks.speed.step $(ARGS)

@@ -51,6 +51,11 @@ template <class F> FASTDFA_INLINE void dispatch_dtype(DType dtype, F&& f) {
   }
 }
 
+// Sets numbers to zero. Of no numbers the address may be null, which memset must not be given.
+template <class T> FASTDFA_INLINE void clear(T* numbers, int64_t count) {
+  if (count > 0) __builtin_memset(numbers, 0, count * sizeof(T));
+}
+
 FASTDFA_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTDFA_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTDFA_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -221,8 +221,8 @@ template <class T> struct BackwardBlock {
   }
 
   void run() {
-    __builtin_memset(products, 0, columns * sizeof(A));
-    __builtin_memset(at<A>(p.a_sums, column), 0, columns * sizeof(A));
+    clear(products, columns);
+    clear(at<A>(p.a_sums, column), columns);
     for (int64_t row = 0; row < p.rows; row += chunk_rows)
       each_tile<A>(columns, [&](int64_t j, auto vectors, auto lanes) __attribute__((
                                 always_inline)) { add_products<vectors.value>(row, j, lanes); });

@@ -10,7 +10,7 @@ template <class T> void gate_task(const GateParams& p, int64_t chunk, int64_t co
   const int64_t first = chunk * gate_chunk_rows,
                 columns = min(gate_block_columns, p.columns - column);
   A* bias = static_cast<A*>(p.bias_partial) + chunk * p.columns + column;
-  __builtin_memset(bias, 0, columns * sizeof(A));
+  clear(bias, columns);
   // Eight rows at a time: a few streams that the prefetcher can follow.
   for (int64_t row = first; row < min(first + gate_chunk_rows, p.rows); row += 8) {
     gate_rows(p.kind, GateBlock<T, T>{static_cast<const T*>(p.grad) + row * p.grad_row + column,
@@ -25,7 +25,7 @@ template <class T> void gate_task(const GateParams& p, int64_t chunk, int64_t co
 template <class A> void sum_chunks_as(const SumChunksParams& p) {
   const A* partial = static_cast<const A*>(p.partial);
   A* sum = static_cast<A*>(p.sum);
-  __builtin_memset(sum, 0, p.columns * sizeof(A));
+  clear(sum, p.columns);
   for (int64_t chunk = 0; chunk < p.chunks; ++chunk)
     for (int64_t j = 0; j < p.columns; ++j) sum[j] += partial[chunk * p.columns + j];
 }

@@ -40,7 +40,7 @@ template <class T> struct GemmBlock {
           if (count == Tile::columns) {
             __builtin_memcpy(target, source, Tile::columns * sizeof(T));
           } else {
-            __builtin_memset(target, 0, Tile::columns * sizeof(T));
+            clear(target, Tile::columns);
             __builtin_memcpy(target, source, count * sizeof(T));
           }
         }
@@ -111,7 +111,7 @@ template <class T> struct GemmBlock {
   void gate_tile(T* c, int64_t from, int64_t j, int64_t height, int64_t width) {
     const int64_t first = row + from;
     T* sums = static_cast<T*>(g.sums) + first / gemm_chunk_rows * g.columns + column + j;
-    if (first % gemm_chunk_rows == 0) __builtin_memset(sums, 0, width * sizeof(T));
+    if (first % gemm_chunk_rows == 0) clear(sums, width);
     const T* saved = static_cast<const T*>(g.saved) + first * g.saved_row + column + j;
     gate_rows(g.kind, GateBlock<T, T>{c, saved, c, sums, Tile::columns, g.c_row, g.saved_row,
                                       g.c_row, height, width, T(1), static_cast<T>(g.param)});

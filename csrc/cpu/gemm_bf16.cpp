@@ -174,7 +174,7 @@ template <class B, class C> struct Block {
   void gate_tile(int64_t i, int64_t j) {
     const int64_t first = row + i, width = min(columns_of_tile, columns - j);
     float* sums = static_cast<float*>(g.sums) + first / gemm_chunk_rows * g.columns + column + j;
-    if (first % gemm_chunk_rows == 0) __builtin_memset(sums, 0, width * sizeof(float));
+    if (first % gemm_chunk_rows == 0) clear(sums, width);
     const C* saved = static_cast<const C*>(g.saved) + first * g.saved_row + column + j;
     C* c = static_cast<C*>(g.c) + first * g.c_row + column + j;
     gate_rows(g.kind, GateBlock<float, C>{product, saved, c, sums, columns_of_tile, columns_of_tile,

@@ -117,8 +117,8 @@ void layer_norm_backward(const LayerNormBackwardParams& p, int64_t begin, int64_
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       A* const weight_grad = static_cast<A*>(p.weight_partial) + chunk * p.columns;
       A* const a_sums = static_cast<A*>(p.a_partial) + chunk * p.columns;
-      __builtin_memset(weight_grad, 0, p.columns * sizeof(A));
-      __builtin_memset(a_sums, 0, p.columns * sizeof(A));
+      clear(weight_grad, p.columns);
+      clear(a_sums, p.columns);
       const int64_t first = chunk * layer_norm_chunk_rows;
       for (int64_t row = first; row < min(first + layer_norm_chunk_rows, p.rows); ++row)
         backward_row<T>(p, row, weight_grad, a_sums);

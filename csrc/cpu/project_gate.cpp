@@ -58,7 +58,7 @@ template <class T> struct StripWork {
       for (int64_t j = 0; j < columns; j += Tile::columns) {
         A* target = panel + j * classes + c * Tile::columns;
         const int64_t count = min(Tile::columns, columns - j);
-        if (count < Tile::columns) __builtin_memset(target, 0, Tile::columns * sizeof(A));
+        if (count < Tile::columns) clear(target, Tile::columns);
         __builtin_memcpy(target, source + j, count * sizeof(A));
       }
     }
@@ -101,7 +101,7 @@ template <class T> struct StripWork {
   void clear_bias(int64_t chunk) {
     for (int64_t i = 0; i < plan.group_layers; ++i)
       if (layers[i].columns > column)
-        __builtin_memset(bias_partial(layers[i], chunk), 0, layer_columns(layers[i]) * sizeof(A));
+        clear(bias_partial(layers[i], chunk), layer_columns(layers[i]));
   }
 
   // One task. With several blocks of classes the product of the whole chunk stays in scratch, so

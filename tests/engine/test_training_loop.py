@@ -428,3 +428,23 @@ def test_replicas_train_as_data_parallel_has_them(kind):
             ys = list(pool.map(lambda made, half: made(*half), replicas(model, 2), halves))
         (torch.cat(ys) * g).sum().backward()
         assert_close(gradients(model), expected)
+
+
+# Norms of several processes --------------------------------------------------------------------
+
+
+def test_norms_of_several_processes_are_torchs():
+    """And train as batch norms where there is one process. (Among several torch refuses them on a
+    CPU: "SyncBatchNorm expected input tensor to be on cuda".)"""
+
+    def made():
+        torch.manual_seed(0)
+        blocks = [fastdfa.Linear(5, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU()]
+        return fastdfa.DFA(nn.Sequential(*blocks, fastdfa.Linear(8, 3)).double())
+
+    model, other = made(), nn.SyncBatchNorm.convert_sync_batchnorm(made())
+    other.load_state_dict(model.state_dict())
+    x, g = randn(6, 5), randn(6, 3)
+    for each in (model, other):
+        step(each, x, g)
+    assert_close(gradients(other), gradients(model))

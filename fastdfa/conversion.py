@@ -124,12 +124,11 @@ def convert(
         how = how._replace(blocks=None)
         if found and not _converts(model, how, example):
             how = how._replace(blocks=structure.patterns(found, model))
-    if example is None:
-        return _convert(model, how)
     try:
         return _tried(model, how, example)
     except (TypeError, ValueError, RuntimeError) as refusal:
-        _say_what_converts(model, how, example, refusal)
+        if example is not None:
+            _say_what_converts(model, how, example, refusal)
         raise
 
 
@@ -149,6 +148,8 @@ class _How(NamedTuple):
 def _tried(model: nn.Module, how: _How, example: Any) -> nn.Module:
     """Returns the model, converted, after a pass of an example; as it was where that fails."""
     _convert(model, how)
+    if example is None:
+        return model
     root: Any = vars(model)[NAME]
     anchors, root.anchors = root.anchors, None  # a pass that trains nothing does not count
     try:
@@ -423,7 +424,7 @@ def _warn_of_bottlenecks(layers: dict[str, nn.Module], output: str | None) -> No
                 "the layers before it cannot fully align with their feedback, which is as wide as "
                 f"the error (the bottleneck of arXiv 1906.04554). {classes - 1} units or more do "
                 "not have this effect",
-                stacklevel=3,
+                stacklevel=5,
             )
 
 
@@ -442,7 +443,7 @@ def _warn_of_uncut(model: nn.Module, conversion: Conversion) -> None:
             f"{'; '.join(told)}: not cut at the input, so that what is before it learns through it "
             "by backprop, from the next feedback point above. Put a fastdfa.FeedbackPoint before "
             "it, or name the modules to cut behind in blocks=",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 

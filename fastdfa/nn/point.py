@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.layers import CutLayer
-from ..engine.tape import cut, state
+from ..engine.tape import cut, note_outside, state
 
 
 class FeedbackPoint(nn.Module):
@@ -82,6 +82,7 @@ class CutBehind:
 
     def __call__(self, block: nn.Module, args: Any, output: Any) -> Any:
         if state.tape is None:
+            note_outside(block)
             return None
         check_no_backward_hooks(type(block).__name__, block)
         if isinstance(output, Tensor):

@@ -127,12 +127,11 @@ def convert(
         how = how._replace(blocks=None)
         if found and not _converts(model, how, example):
             how = how._replace(blocks=structure.patterns(found, model))
-    if example is None:
-        return _convert(model, how)
     try:
         return _tried(model, how, example)
     except (TypeError, ValueError, RuntimeError) as refusal:
-        _say_what_converts(model, how, example, refusal)
+        if example is not None:
+            _say_what_converts(model, how, example, refusal)
         raise
 
 
@@ -152,6 +151,8 @@ class _How(NamedTuple):
 def _tried(model: nn.Module, how: _How, example: Any) -> nn.Module:
     """Returns the model, converted, after a pass of an example; as it was where that fails."""
     _convert(model, how)
+    if example is None:
+        return model
     root: Any = vars(model)[NAME]
     anchors, root.anchors = root.anchors, None  # a pass that trains nothing does not count
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import FrameType
@@ -466,13 +467,43 @@ def cut(
     """
     tape = state.tape
     if tape is None:
-        return x.detach() if not torch.compiler.is_compiling() and under_way.cuts(layer, x) else x
+        if not torch.compiler.is_compiling() and under_way.cuts(layer, x):
+            return x.detach()
+        note_outside(layer)
+        return x
     if tape.tapped is not None or not tape.chosen(layer):
         return x
     if torch.is_grad_enabled() and wants_gradient(x):
         return tape.cut(layer, x, rows, features)
     tape.passed(layer, x, rows, features)
     return x
+
+
+class OfRoot:
+    """Says of a converted layer or block, in its attribute `of_root`, which it is; `told` is shared
+    by all of one network, and not empty once one has run outside."""
+
+    def __init__(self, name: str, told: list[str]) -> None:
+        self.name = name
+        self.told = told
+
+
+def note_outside(layer: nn.Module) -> None:
+    """Warns, once for a network, where a part of it that was converted runs with gradients and its
+    root does not: they are backprop's. Inside `backprop()` and where a checkpoint runs it again
+    that is meant."""
+    of_root: OfRoot | None = layer.__dict__.get("of_root")
+    if of_root is None or of_root.told or not torch.is_grad_enabled() or state.true_gradients:
+        return
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+        return
+    of_root.told.append(of_root.name)
+    warnings.warn(
+        f"{of_root.name or 'the model'!r} was converted by fastdfa.convert and is called outside "
+        "of the model, whose call would cut there: its gradients are those of backprop. Call the "
+        "model, or use torch.no_grad() or fastdfa.backprop(model) where that is meant",
+        stacklevel=2,
+    )
 
 
 def note_reader(x: Tensor, output: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..engine.inplace import NAME, class_of, is_made, leave
 from ..engine.layers import CutLayer
+from ..engine.tape import OfRoot
 from .conv import Conv1d, Conv2d
 from .linear import Linear
 from .point import CutBefore, CutBehind, FeedbackPoint
@@ -89,6 +90,8 @@ class Conversion:
                 raise RuntimeError(f"{name!r} is no longer as convert made it: {type(layer)}")
         vars(self.model)[NAME].give_up()
         leave(self.model)
+        for module in [*self.layers.values(), *self.blocks.values()]:
+            vars(module).pop("of_root", None)
         for name, layer in self.layers.items():
             if type(layer) not in PLAIN:
                 for number in _hooks_before(layer):
@@ -130,6 +133,10 @@ class Conversion:
             if taken is not None:
                 identity = nn.Identity().train(taken.activation.training)
                 taken.parent._modules[taken.key] = identity
+        told: list[str] = []
+        for name, module in [*self.layers.items(), *self.blocks.items()]:
+            if self.role == CUT:
+                vars(module)["of_root"] = OfRoot(name, told)
         for block in self.blocks.values():
             block.register_forward_hook(CutBehind(self.point or FeedbackPoint()))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..engine.layers import CutLayer, NoScript
-from ..engine.tape import cut, note_reader, state
+from ..engine.tape import cut, note_outside, note_reader, state
 
 
 class FeedbackPoint(NoScript):
@@ -79,6 +79,7 @@ class CutBehind:
 
     def __call__(self, block: nn.Module, args: Any, output: Any) -> Any:
         if state.tape is None:
+            note_outside(block)
             return None
         check_no_backward_hooks(type(block).__name__, block)
         if isinstance(output, Tensor):

@@ -4,11 +4,13 @@ import copy
 import inspect
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 from helpers.networks import RULE, assert_close, gradients, randn, step
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastdfa
 from fastdfa.feedback.rule import Feedback
@@ -291,3 +293,66 @@ def test_compiled_it_is_what_it_is_eagerly(compiled):
     step(run, X, G)
     assert_close(gradients(model), expected)
     torch._dynamo.reset()
+
+
+# Parts that run outside of the model ------------------------------------------------------------
+
+
+PARTS = {
+    "layers": (lambda: fastdfa.convert(nn.Sequential(*stack()), RULE), "0.0"),
+    "a block": (lambda: fastdfa.convert(nn.Sequential(*stack()), RULE, blocks=["0", "1"]), "0"),
+    "by a hook": (
+        lambda: fastdfa.convert(nn.Sequential(
+            nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 8))), nn.Linear(8, 3)
+        ), RULE), "0.0",
+    ),
+    "a copy": (lambda: copy.deepcopy(fastdfa.convert(nn.Sequential(*stack()), RULE)), "0.0"),
+}  # fmt: skip
+
+
+def stack():
+    return [
+        nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8)),
+        nn.Linear(8, 3),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_part_that_is_called_outside_warns_once_by_name(kind):
+    make, name = PARTS[kind]
+    model, x = make(), X.float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x).sum().backward()
+        with torch.no_grad():
+            model[0](x)
+    with pytest.warns(UserWarning, match=f"'{name}' was converted .* outside of the model"):
+        model[0](x).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model[0](x).sum().backward()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_what_runs_outside_legally_does_not_warn():
+    x = X.float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for blocks in (None, ["0", "1"]):
+            model = fastdfa.convert(nn.Sequential(*stack()), RULE, blocks=blocks)
+            again = fastdfa.convert(nn.Sequential(*map(Checkpointed, stack())), RULE, blocks=blocks)
+            for each in (model, again):
+                each(x).sum().backward()
+                with fastdfa.backprop(each):
+                    each(x).sum().backward()
+            model.conversion.undo()(x).sum().backward()
+        fastdfa.convert(nn.Sequential(*stack()), rule="backprop")(x).sum().backward()
+        fastdfa.Linear(5, 8)(x).sum().backward()

@@ -188,10 +188,10 @@ def steps_of(
 ) -> dict[str, Step]:
     """Makes every way to make a step of this network, by name."""
     data, x, y = data_of(case, batch or case.batch, device)
-    plain, by_hand, dfa, other = (
+    plain, by_hand, dfa, uncut = (
         network(case, data, side).to(device) for side in (False, False, True, True)
     )
-    uncut = fastdfa.DFA(other.module, cut=())
+    uncut.cut = ()
     steps: dict[str, Step] = {
         "backprop": step_of(plain, x, y),
         FUSED: step_of(uncut, x, y),

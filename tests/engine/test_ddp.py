@@ -45,7 +45,7 @@ OPTIONS = {
     "unused buckets": {"find_unused_parameters": True, "bucket_cap_mb": 1e-4},
 }
 COMMUNICATION = ("hook", "compressed")
-COMPILED = ("compiled", "compiled buckets")
+COMPILED = ("compiled",)  # in small buckets torch itself fails: "First bucket should be smaller"
 TRIED = ("mlp", "resnet", "transformer")
 WAYS = [(kind, way) for kind in TRIED for way in (*OPTIONS, *COMMUNICATION)]
 WAYS += [(kind, way) for kind in ("mlp", "transformer") for way in COMPILED]

@@ -83,7 +83,7 @@ def storages():
     gc.collect()
     seen = {}
     for o in gc.get_objects():
-        if type(o) in (torch.Tensor, nn.Parameter) and not o.is_meta:
+        if type(o) in (torch.Tensor, nn.Parameter) and not o.is_meta and o.layout is torch.strided:
             s = o.untyped_storage()
             seen[s.data_ptr()] = s.nbytes()
     return sum(seen.values())

@@ -22,6 +22,15 @@ from torch.func import (
 
 import fastdfa
 
+
+@pytest.fixture(autouse=True)
+def _no_compiled_code_left():
+    """Dynamo leaves a function alone for good in which it had to break the graph of a transform."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 WIDTHS = [5, 8, 7, 3]
 X, TARGET = randn(6, 5), torch.arange(6) % 3
 RULES = {

@@ -33,7 +33,8 @@ OVERWRITTEN = [(op, name) for op, names in WRITTEN.items() for name in names]
 @needs_extension
 def test_every_op_is_here():
     names = torch._C._dispatch_get_all_op_names()
-    assert {name.removeprefix("fastdfa::") for name in names if "fastdfa::" in name} == set(SCHEMAS)
+    found = {name.removeprefix("fastdfa::") for name in names if "fastdfa::" in name}
+    assert found - {"handed", "drawn"} == set(SCHEMAS)  # these are the engine's own
     for op, names in SCHEMAS.items():
         schema = getattr(torch.ops.fastdfa, op).default._schema
         assert [argument.name for argument in schema.arguments] == names

@@ -1,6 +1,7 @@
 """Settings and fixtures of every test. What the tests share is in helpers/."""
 
 import os
+import sys
 import weakref
 from pathlib import Path
 
@@ -90,3 +91,13 @@ def path(request, monkeypatch):
 def model():
     """A fused MLP in float64."""
     return mlp([5, 8, 7, 3])
+
+
+@pytest.fixture(autouse=True)
+def _no_compiled_code_is_left():
+    """Dynamo leaves a function alone for good in which it had to break the graph of another test."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["frames"]:
+        dynamo.reset()
+        dynamo.utils.counters.clear()

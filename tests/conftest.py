@@ -95,7 +95,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def _no_compiled_code_is_left():
-    """Dynamo leaves a function alone for good in which it had to break the graph of another test."""
+    """Dynamo leaves a function alone for good in which it had to break the graph of a test."""
     yield
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and dynamo.utils.counters["frames"]:
